@@ -126,8 +126,8 @@ class MetricsCallback(L.Callback):
             append_rows(self.run_dir, list(rows))
             for row in rows if trainer.logger else ():
                 curves = {name: value for name, value in row.items() if "/" in name and value is not None}
-                if curves:
-                    trainer.logger.log_metrics(curves, step=row["step"])
+                if curves:  # a step's numbers stand where it began, as its learning rate does in the note of the epoch's start
+                    trainer.logger.log_metrics(curves, step=row["step"] - (row["event"] == "step"))
 
     def _flush(self, trainer) -> None:
         if self._steps:

@@ -103,8 +103,9 @@ def train(p, r, y, f):
     parameters = config.parameters.model_dump() | {"name": config.name, "data_dir": config.data_dir}
     try:
         papermill.execute_notebook(
-            str(TEMPLATE), str(run_dir / "train.ipynb"), parameters, progress_bar=False, stdout_file=sys.stdout, cwd=str(Path.cwd())
-        )
+            str(TEMPLATE), str(run_dir / "train.ipynb"), parameters, progress_bar=False, stdout_file=sys.stdout, cwd=str(Path.cwd()),
+            extra_arguments=["--log-level=ERROR"],  # of the kernel, which warns that its local sockets are not encrypted
+        )  # fmt: skip
     except papermill.exceptions.PapermillExecutionError as error:
         if error.ename == "KeyboardInterrupt":
             raise click.exceptions.Exit(130) from None

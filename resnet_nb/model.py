@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .config import nearest
 
@@ -71,7 +72,11 @@ def build_model(arch: str, num_classes: int) -> nn.Module:
         raise ValueError(f"unknown arch {arch!r}; {nearest(arch, known)}")
     # the two whose training forward would return more than the logits
     extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
-    return shard_batchnorm(torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra))
+    network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+    for block in network.modules():  # each residual block starts as the identity (Goyal et al. 2017, 5.1)
+        if isinstance(block, BasicBlock | Bottleneck):
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
+    return shard_batchnorm(network)
 
 
 def check_sizes(arch: str, sizes: tuple[int, ...]) -> None:

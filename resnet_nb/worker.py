@@ -113,6 +113,7 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
         enable_checkpointing=True,
         enable_progress_bar=False,
         enable_model_summary=False,
+        log_every_n_steps=1,
         benchmark=accelerator == "cuda",
         default_root_dir=run_dir,
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1 if first_step else None),
@@ -155,6 +156,17 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     return outcome
 
 # %% ../nbs/12_worker.ipynb #main
+def _quiet() -> None:
+    "Keep out of the logs what says nothing about this run."
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the hardware profile decides
+        ".*sync_dist=True.*",  # the numbers are summed over ranks before they are logged
+        ".*deprecated.*",  # Lightning's use of torch, not ours; `broadcast_buffers` has no successor in torch 2.10
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def main(run_dir: str) -> int:
     "Run this rank; 0 where it completed or stopped as asked."
     run_dir, rank = Path(run_dir), int(os.environ.get("RANK", 0))
@@ -163,9 +175,7 @@ def main(run_dir: str) -> int:
     log = os.open(f"{stem}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # with workers on few cores Lightning advises more; the profile decides
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    _quiet()
     try:
         print(run_rank(run_dir, attempt), flush=True)
         return 0

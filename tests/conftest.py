@@ -1,0 +1,69 @@
+"""Small data and whole runs, shared by the tests: every run here is real processes, started as a person would start them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from resnet_nb import launch
+from resnet_nb.config import Parameters, resolve
+from resnet_nb.sources import make_digits
+
+# resnet18 on 96 + 23 digits: 23 validation pictures share out evenly over neither 2 ranks nor batches of 6
+SMALL = {
+    "epochs": 3, "image_sizes": [16, 24, 32], "num_shards": 4, "shard_size": 6, "peak_lr": 0.01, "num_workers": 0, "num_threads": 1,
+}  # fmt: skip
+STEPS = 4  # optimizer steps in an epoch of SMALL
+NUM_VAL = 23
+
+
+def small_data(folder: Path) -> Path:
+    """96 training and 23 validation digits of 4 classes, below `folder`."""
+    digits = folder / "all digits"
+    make_digits(digits)
+    for split, count in (("train", 96), ("val", NUM_VAL)):
+        for label in range(4):
+            target = folder / "small" / split / str(label)
+            target.mkdir(parents=True)
+            for path in sorted((digits / split / str(label)).iterdir())[: count // 4 + (label < count % 4)]:
+                shutil.copy(path, target)
+    return folder / "small"
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """The folder of runs/ and data/ for this session; its path has a space."""
+    folder = tmp_path_factory.mktemp("a home")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RESNET_NB_HOME", str(folder))
+    yield folder
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def data(home):
+    """Folder of the small data."""
+    return small_data(home)
+
+
+@pytest.fixture(scope="session")
+def make_config(data):
+    """config(name, hw=..., seed=..., **overrides): a small run."""
+
+    def make(name, hw="cpu2", seed=0, data_dir=None, numerics="close", **overrides):
+        wish = SMALL | ({"accelerator": "cpu"} if hw == "local" else {}) | overrides
+        return resolve(Parameters(name=name, hw=hw, seed=seed, numerics=numerics, data_dir=str(data_dir or data), overrides=wish))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def one(make_config):
+    """Folder of a finished run of one process."""
+    return launch.train(make_config("one", "local"))
+
+
+@pytest.fixture(scope="session")
+def two(make_config):
+    """Folder of a finished run of two processes."""
+    return launch.train(make_config("two", num_workers=1))

@@ -1,0 +1,171 @@
+"""Runs that stop, fail, are killed, and go on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import STEPS
+
+from resnet_nb import launch
+from resnet_nb.runs import all_rows, is_locked, lock_run, read_json, read_rows, read_status, run_path, write_json
+
+
+def wait_for(what, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def epochs_begun(run_dir):
+    return sum(row.get("note") == "epoch" for row in all_rows(run_dir))
+
+
+def processes_of(run_dir):
+    """Command lines of living processes that name the run's folder."""
+    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in found if str(run_dir) in line and "resnet_nb" in line]
+
+
+def losses(run_dir):
+    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
+
+
+@pytest.fixture(scope="module")
+def stopped(make_config, one):
+    """The run `one` again under another name, stopped in its second epoch and run again, on one process."""
+    config = make_config("stopped", "local")
+    run_dir = launch.start(config)
+    wait_for(lambda: epochs_begun(run_dir) >= 2)
+    launch.stop(run_dir)
+    status = launch.follow(run_dir)
+    assert status["status"] == "stopped" and "STOP file" in status["reason"]
+    launch.train(config)
+    return run_dir
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(stopped, one, make_config):
+    other = launch.train(make_config("other-seed", "local", seed=1))
+    assert losses(stopped) == losses(one)
+    assert losses(other) != losses(one)
+
+
+def test_a_resume_keeps_old_rows_and_says_so(stopped):
+    attempts = [row["attempt"] for row in all_rows(stopped) if row["event"] == "step"]
+    assert set(attempts) == {1, 2} and attempts == sorted(attempts)
+    assert [step for step, _ in losses(stopped)] == list(range(1, 3 * STEPS + 1))
+    assert "▶️ Resumes from step-" in (stopped / "logs" / "attempt-2-rank-0.log").read_text()
+    assert [row["val/seen"] for row in read_rows(stopped, "val")] == [23] * 3
+
+
+def test_an_epoch_in_two_halves_has_the_numbers_of_the_whole(stopped, one):
+    def numbers(run_dir):
+        return [(row["train/loss"], row["train/acc"], row["train/seen"]) for row in read_rows(run_dir, "epoch")]
+
+    assert numbers(stopped) == numbers(one)
+
+
+def test_a_second_writer_is_refused(make_config):
+    config = make_config("busy", "local")
+    run_dir = launch.create_run(config)
+    with lock_run(run_dir), pytest.raises(ValueError, match="run 'busy' is being written by process"):
+        launch.train(config)
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def kill_a_rank(run_dir):
+    ranks = [line for line in processes_of(run_dir) if "-m resnet_nb.worker" in line and "torch.distributed" not in line]
+    os.kill(int(ranks[-1].split()[0]), signal.SIGKILL)
+
+
+def test_a_rank_killed_before_any_checkpoint_ends_the_launch(make_config):
+    run_dir = launch.start(make_config("killed", epochs=40, image_sizes=[32], shard_size=24))
+    wait_for(lambda: epochs_begun(run_dir) >= 1)
+    kill_a_rank(run_dir)
+    with pytest.raises(launch.RunFailed, match=r"killed by SIGKILL \(exit code -9\)"):
+        launch.follow(run_dir)
+    assert not processes_of(run_dir)
+
+
+def test_a_rank_killed_later_is_started_again_and_learns_the_same(make_config, two):
+    run_dir = launch.start(make_config("restarted", num_workers=1))
+    wait_for(lambda: epochs_begun(run_dir) >= 2)
+    kill_a_rank(run_dir)
+    status = launch.follow(run_dir)
+    assert [attempt["status"] for attempt in status["attempts"]] == ["failed", "completed"]
+    assert "SIGKILL" in status["attempts"][0]["reason"]
+    assert losses(run_dir) == losses(two)
+
+
+def test_an_undecodable_picture_stops_the_run_with_its_path(make_config, data, tmp_path):
+    broken = shutil.copytree(data, tmp_path / "with a space")
+    picture = next((broken / "train" / "2").iterdir())
+    picture.write_bytes(picture.read_bytes()[:60])
+    config = make_config("broken", data_dir=broken, num_workers=1)
+    with pytest.raises(launch.RunFailed) as failure:
+        launch.train(config)
+    assert f"{str(picture)!r} can't be decoded as a picture" in str(failure.value)
+    assert "exit code 1" in str(failure.value) and "Traceback" in str(failure.value)
+    wait_for(lambda: not processes_of(run_path("broken")), 20)
+
+
+def test_other_data_under_the_same_name_is_refused(make_config, data, tmp_path, one):
+    other = shutil.copytree(data, tmp_path / "other")
+    next((other / "train" / "2").iterdir()).unlink()
+    shutil.copytree(one, one.parent / "one-copy")
+    run = one.parent / "one-copy" / "run.json"
+    write_json(run, read_json(run) | {"status": "stopped"})  # as if it had not ended
+    with pytest.raises(launch.RunFailed, match="was started on other data: train_pictures was 96"):
+        launch.train(make_config("one-copy", "local", data_dir=other))
+
+
+WRONG_SIZE = """
+import sys
+from resnet_nb import datamodule, worker
+planned = datamodule.ImageNetDataModule.size_at
+datamodule.ImageNetDataModule.size_at = lambda self, epoch: 40 if self.trainer and self.trainer.global_rank == 1 else planned(self, epoch)
+sys.exit(worker.main(sys.argv[1]))
+"""
+
+
+def test_ranks_with_different_sizes_stop_with_both_numbers(make_config, tmp_path):
+    """A rank whose pictures are larger than planned, from its very first batch."""
+    run_dir = launch.create_run(make_config("sizes", num_workers=1))
+    (tmp_path / "wrong.py").write_text(WRONG_SIZE)
+    words = launch.command(run_dir, 2)
+    words[words.index("-m", words.index("--rdzv-backend")) :] = [str(tmp_path / "wrong.py"), str(run_dir)]
+    assert subprocess.run(words, capture_output=True).returncode
+    error = launch.first_error(run_dir, 1)["error"]
+    assert "epoch 1: planned are pictures of 16 px, but rank 1 got 40 x 40 px" in error
+
+
+def test_ranks_stop_when_their_starter_is_killed(make_config):
+    """SIGKILL of torchrun leaves no orphans: the ranks save and leave."""
+    config = make_config("orphans", epochs=40, image_sizes=[32])
+    run_dir = launch.start(config)
+    wait_for(lambda: epochs_begun(run_dir) >= 1)
+    for line in processes_of(run_dir):
+        if "resnet_nb.launch" in line or "torch.distributed.run" in line:
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+    wait_for(lambda: not processes_of(run_dir), 60)
+    assert any(row.get("note", "").startswith("stopped: ") for row in all_rows(run_dir))
+    assert list((run_dir / "checkpoints").glob("step-*"))
+
+
+def test_a_signal_stops_ranks_together(make_config):
+    config = make_config("signalled", epochs=40, image_sizes=[32])
+    run_dir = launch.start(config)
+    wait_for(lambda: epochs_begun(run_dir) >= 1)
+    supervisor = next(line for line in processes_of(run_dir) if "resnet_nb.launch" in line)
+    os.kill(int(supervisor.split()[0]), signal.SIGTERM)
+    status = launch.follow(run_dir)
+    assert status["status"] == "stopped" and "SIGTERM" in status["reason"]
+    assert not processes_of(run_dir)
+
+
+def test_python_is_the_one_of_the_tests():
+    assert launch.command(launch.Path("x"), 1)[0] == sys.executable
