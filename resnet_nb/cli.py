@@ -82,7 +82,9 @@ def _check_template() -> None:
         raise ValueError(f"no notebook {str(TEMPLATE)!r}; install the package from a checkout, with pip install -e .")
     found, needed = set(papermill.inspect_notebook(str(TEMPLATE))), set(Parameters.model_fields)
     if found != needed:
-        raise ValueError(f"{TEMPLATE.name} has parameters {sorted(found)}, needed are {sorted(needed)}; restore its cell tagged 'parameters'")
+        raise ValueError(
+            f"{TEMPLATE.name} has parameters {sorted(found)}, needed are {sorted(needed)}; restore its cell tagged 'parameters'"
+        )
 
 
 @main.command()

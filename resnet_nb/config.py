@@ -136,12 +136,8 @@ class Hardware(Strict):
 HARDWARE = {
     "local": Hardware(accelerator="auto", devices=1, num_workers=2),
     "cpu2": Hardware(accelerator="cpu", devices=2, num_workers=1),
-    "g5": Hardware(
-        accelerator="cuda", devices=4, precision="bf16-mixed", channels_last=True, num_workers=11, default_recipe="imagenet"
-    ),
-    "p3": Hardware(
-        accelerator="cuda", devices=8, precision="16-mixed", channels_last=True, num_workers=7, default_recipe="imagenet"
-    ),
+    "g5": Hardware(accelerator="cuda", devices=4, precision="bf16-mixed", channels_last=True, num_workers=11, default_recipe="imagenet"),
+    "p3": Hardware(accelerator="cuda", devices=8, precision="16-mixed", channels_last=True, num_workers=7, default_recipe="imagenet"),
 }
 
 # %% ../nbs/00_config.ipynb #Parameters
@@ -251,5 +247,7 @@ def read_parameters(namespace: Mapping[str, Any]) -> Parameters:
     given = {name: namespace[name] for name in names if name in namespace}
     for name in ("hw", "recipe", "name", "data_dir"):
         if not isinstance(given.get(name, ""), str):
-            raise ValueError(f"{name}={given[name]!r} arrived as a {type(given[name]).__name__}; pass text as it stands with: -r {name} VALUE")
+            raise ValueError(
+                f"{name}={given[name]!r} arrived as a {type(given[name]).__name__}; pass text as it stands with: -r {name} VALUE"
+            )
     return checked(Parameters, given)

@@ -83,9 +83,7 @@ class ImageNetDataModule(L.LightningDataModule):
     def train_sampler(self) -> ShardSampler:
         "This rank's sampler, at the position of the trainer."
         recipe = self.config.recipe
-        sampler = ShardSampler(
-            len(self.train_index), recipe.num_shards, recipe.shard_size, self.config.seed, self.size_at, **self._rank()
-        )
+        sampler = ShardSampler(len(self.train_index), recipe.num_shards, recipe.shard_size, self.config.seed, self.size_at, **self._rank())
         sampler.seek(self.trainer.global_step if self.trainer else 0)
         return sampler
 

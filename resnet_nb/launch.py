@@ -17,11 +17,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 from .config import Hardware, RunConfig, nearest
 from .runs import all_rows, create_run, is_locked, load_config, lock_run, read_status, utc_now, write_status
 from .sampler import ShardSampler
+from .schedule import size_plan
 from .sources import Index, index_data, prepare_data
 
 # %% ../nbs/13_launch.ipynb #check_hardware
@@ -144,7 +144,7 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
             )  # fmt: skip
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda number, frame: ranks.send_signal(signal.SIGTERM))
+                signal.signal(number, lambda number, frame, ranks=ranks: ranks.send_signal(signal.SIGTERM))
             begun = {"attempt": attempt, "hw": config.hw, "world_size": config.world_size, "started": utc_now()}
             write_status(run_dir, status="running", reason="", attempts=[*attempts, begun | {"pid": ranks.pid}])
             exit_code = ranks.wait()
@@ -270,7 +270,7 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
     return {
         "run": f"{config.name}, seed {config.seed}, numerics {config.numerics}",
         "data": f"{len(train):,} training and {len(val):,} validation pictures of {len(train.classes):,} classes",
-        "network": f"{r.arch}, {r.epochs} epochs of {per_epoch:,} steps, image sizes {' → '.join(map(str, r.image_sizes))} px",
+        "network": f"{r.arch}, {r.epochs} epochs of {per_epoch:,} steps, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
         "step": f"at most {r.global_batch_size:,} pictures: shards {shards}",
         "optimizer": f"{r.optimizer}, {r.schedule}, peak learning rate {r.peak_lr:g}, weight decay {r.weight_decay:g}",
         "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}, {h.num_workers} data workers a rank",

@@ -54,9 +54,7 @@ def _pictures_below(folder: bytes) -> list[bytes]:
         folders[:] = [name for name in folders if not name.startswith(b".")]
         below = os.path.relpath(at, folder).replace(os.sep.encode(), b"/")
         found += [
-            name if below == b"." else below + b"/" + name
-            for name in files
-            if name.lower().endswith(ENDINGS) and not name.startswith(b".")
+            name if below == b"." else below + b"/" + name for name in files if name.lower().endswith(ENDINGS) and not name.startswith(b".")
         ]
     return found
 
@@ -65,9 +63,7 @@ def index_folder(root: Path) -> Index:
     "Index of the class folders below `root`; raises ValueError where there is none, or one has no pictures."
     if not root.is_dir():
         raise ValueError(f"no folder {str(root)!r}; pictures are needed as {root.name}/CLASS/FILE")
-    names = sorted(
-        os.fsencode(entry.name) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = sorted(os.fsencode(entry.name) for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise ValueError(f"{str(root)!r} has no class folders; pictures are needed as {root.name}/CLASS/FILE")
     paths, labels = [], []
