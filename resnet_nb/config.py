@@ -93,7 +93,7 @@ class Recipe(Strict):
 # %% ../nbs/00_config.ipynb #RECIPES
 RECIPES = {
     "digits": Recipe(
-        dataset="digits", arch="resnet18", epochs=12, image_sizes=(16, 24, 32, 32),
+        dataset="digits", arch="resnet18", epochs=12, image_sizes=(16, 24, 32, 32, 32, 32),
         num_shards=8, shard_size=24, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 6,
         label_smoothing=0.1, crop_scale=(0.85, 1.0), crop_ratio=(0.9, 1.1), flip=0.0, expected_acc=0.97,
     ),

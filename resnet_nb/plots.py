@@ -118,10 +118,9 @@ def plot_run(run_dir: str | Path) -> Figure:
 
 
 def _loss_limits(train: list[float], val: list[float]) -> tuple[float, float]:
-    "From 0 to a little above the training loss at its highest: a validation that starts high must not flatten all else."
-    highest = np.nanmax(train) if np.isfinite(train).any() else 1.0
-    later = [value for value in val[len(val) // 2 :] if np.isfinite(value)]
-    return 0.0, 1.15 * max([highest, *later])
+    "From 0 to the highest loss, but at most twice the training loss at its highest: one wild validation must not flatten all else."
+    highest = lambda losses: np.nanmax(losses) if np.isfinite(losses).any() else 1.0
+    return 0.0, 1.1 * max(highest(train), min(highest(val), 2 * highest(train)))
 
 
 def save_plot(run_dir: str | Path) -> Path:

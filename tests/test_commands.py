@@ -1,0 +1,195 @@
+"""The commands of the README, as a person types them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import SMALL
+
+from resnet_nb.runs import all_rows, read_status
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def run(*words, cwd=ROOT):
+    return subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def resnet_nb(*words, cwd=ROOT):
+    return run(BIN / "resnet-nb", *words, cwd=cwd)
+
+
+def outputs(notebook):
+    cells = nbformat.read(notebook, 4).cells
+    return {cell["id"]: cell.outputs for cell in cells if cell.cell_type == "code"}
+
+
+@pytest.fixture(scope="module")
+def from_elsewhere(data, home):
+    """`resnet-nb train`, typed in a folder that is not the project's, with a space in its path."""
+    wish = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16]}, "data_dir": str(data)})
+    elsewhere = home / "some where"
+    elsewhere.mkdir()
+    return resnet_nb("train", "-p", "hw", "cpu2", "-p", "name", "2024_01", "-y", wish, cwd=elsewhere), home / "runs" / "2024_01"
+
+
+def test_train_leaves_an_executed_notebook_with_its_curves(from_elsewhere):
+    done, run_dir = from_elsewhere
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch   1/1 | train loss" in done.stdout and "done: " in done.stdout
+    cells = outputs(run_dir / "train.ipynb")
+    for cell in ("plot-plan", "plot-pictures", "plot-run"):
+        assert any("image/png" in output.get("data", {}) for output in cells[cell]), cell
+    assert not any(output.output_type == "error" for found in cells.values() for output in found)
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert read_status(run_dir)["status"] == "completed"
+
+
+def test_the_terminal_shows_one_line_an_epoch_and_no_warnings(from_elsewhere):
+    done, _ = from_elsewhere
+    assert done.stdout.count("epoch   1/1") == 1
+    assert "warn" not in (done.stdout + done.stderr).lower(), done.stderr
+
+
+def test_plot_writes_the_picture_of_the_notebook_again(from_elsewhere, home):
+    _, run_dir = from_elsewhere
+    before = (run_dir / "curves.png").read_bytes()
+    (run_dir / "curves.png").unlink()
+    assert resnet_nb("plot", "2024_01").returncode == 0
+    assert (run_dir / "curves.png").read_bytes() == before
+    assert resnet_nb("plot", run_dir, cwd=home).returncode == 0
+
+
+def test_follow_and_stop_of_a_finished_run_say_so(from_elsewhere):
+    followed = resnet_nb("follow", "2024_01")
+    assert followed.returncode == 0 and followed.stdout.count("epoch   1/1") == 1
+    assert "2024_01 is not running" in resnet_nb("stop", "2024_01").stdout
+
+
+def papermill(*words, cwd):
+    return run(BIN / "papermill", "--no-progress-bar", *words, cwd=cwd)
+
+
+@pytest.fixture
+def small_yaml(data, tmp_path):
+    wish = {"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(data)}
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(wish))
+    return path
+
+
+def test_plain_papermill_works_from_another_folder(small_yaml, tmp_path, home):
+    out = tmp_path / "out.ipynb"
+    done = papermill(ROOT / "nbs" / "train.ipynb", out, "-p", "hw", "cpu2", "-r", "name", "plain", "-f", small_yaml, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert any("image/png" in output.get("data", {}) for output in outputs(out)["plot-run"])
+    assert read_status(home / "runs" / "plain")["attempts"][0]["world_size"] == 2
+
+
+def test_plain_papermill_refuses_a_misspelt_parameter(small_yaml, tmp_path, home):
+    done = papermill("nbs/train.ipynb", tmp_path / "out.ipynb", "-p", "hww", "cpu2", "-r", "name", "misspelt", "-f", small_yaml, cwd=ROOT)
+    assert done.returncode != 0 and "unknown parameter 'hww'; did you mean 'hw'?" in done.stderr
+    assert not (home / "runs" / "misspelt").exists()
+
+
+@pytest.fixture
+def empty_class(data, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+    return tmp_path / "data"
+
+
+BAD = {
+    "hww=g5": "unknown parameter 'hww'; did you mean 'hw'?",
+    "hw=g6": "unknown hw 'g6'; did you mean 'g5'?",
+    "hw=g5": "hw=g5 needs 4 CUDA devices, this machine has",
+    "recipe=imagenete": "unknown recipe 'imagenete'; did you mean 'imagenet",
+    "name=../x": "run name '../x' is not allowed",
+    "seed=-1": "seed=-1: input should be greater than or equal to 0",
+    "numerics=exakt": "numerics='exakt'",
+    "overrides={epochs: 0}": "epochs=0: input should be greater than or equal to 1",
+    "overrides={peak_lr: -1}": "peak_lr=-1: input should be greater than 0",
+    "overrides={epoch: 3}": "unknown field 'epoch' in overrides; did you mean 'epochs'?",
+    "overrides={devices: 3, accelerator: cpu}": "num_shards=8 cannot be shared evenly by 3 devices; use 1, 2, 4 or 8",
+    "overrides={arch: resnet19}": "unknown arch 'resnet19'; did you mean 'resnet1",
+    "overrides={num_shards: 1024}": "1437 training pictures leave fewer than 2 for each of 1024 shards",
+    "data_dir=/no/such/folder": "data_dir '/no/such/folder' is not a folder",
+    "data_dir=EMPTY": "has no pictures; add some or remove it",
+}
+
+
+@pytest.mark.parametrize("given", BAD)
+def test_bad_input_is_one_sentence_before_anything_starts(given, home, empty_class):
+    name, value = given.split("=", 1)
+    words = ["-y", f"overrides: {value}"] if name == "overrides" else ["-p", name, value.replace("EMPTY", str(empty_class))]
+    data = [] if name == "data_dir" else ["-p", "data_dir", str(home / "all digits")]
+    before = set((home / "runs").glob("*")) if (home / "runs").exists() else set()
+    recipe = (
+        ["-p", "recipe", "digits"] if name not in ("recipe", "data_dir") else ["-p", "recipe", "imagenet"] if name == "data_dir" else []
+    )
+    done = resnet_nb("train", *recipe, *data, *words)
+    assert done.returncode == 2
+    assert BAD[given] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (set((home / "runs").glob("*")) if (home / "runs").exists() else set()) == before
+
+
+def test_a_failed_run_ends_the_command_with_its_traceback(data, tmp_path):
+    import shutil
+
+    broken = shutil.copytree(data, tmp_path / "broken")
+    picture = sorted((broken / "val" / "1").iterdir())[0]
+    picture.write_bytes(b"")
+    wish = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(broken)})
+    done = resnet_nb("train", "-p", "name", "cli-broken", "-y", wish)
+    assert done.returncode == 1
+    assert f"{str(picture)!r} can't be decoded as a picture" in done.stderr and "exit code 1" in done.stderr
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(data, home):
+    import signal
+    import time
+
+    wish = json.dumps({"overrides": SMALL | {"image_sizes": [32], "accelerator": "cpu", "epochs": 4}, "data_dir": str(data)})
+    words = [str(BIN / "resnet-nb"), "train", "-p", "name", "ctrl-c", "-y", wish]
+    command = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    run_dir, deadline = home / "runs" / "ctrl-c", time.monotonic() + 90
+    while not any(row.get("note") == "epoch" and row["epoch"] for row in all_rows(run_dir)):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.05)
+    os.killpg(command.pid, signal.SIGINT)
+    said, _ = command.communicate(timeout=60)
+    assert command.returncode == 130, said
+    assert "stopped" in said and "run it again under the name 'ctrl-c'" in said, said
+    assert read_status(run_dir)["status"] == "stopped"
+    done = resnet_nb(*words[1:])
+    assert done.returncode == 0 and "resumed at step" in done.stdout
+    assert read_status(run_dir)["status"] == "completed"
+
+
+def test_runs_that_can_not_be_written_are_refused(data, tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    monkeypatch.setenv("RESNET_NB_HOME", str(tmp_path))
+    done = resnet_nb("train", "-p", "data_dir", str(data), "-p", "name", "x")
+    assert done.returncode == 2 and "can't be written" in done.stderr
+
+
+IMAGENETTE = os.environ.get("IMAGENETTE_DIR", "")
+
+
+@pytest.mark.skipif(not IMAGENETTE, reason="needs real photos: set IMAGENETTE_DIR to imagenette's class folders")
+def test_real_photos_are_found_and_decoded():
+    from resnet_nb.sources import index_data
+    from resnet_nb.transforms import load_train
+
+    train, val = index_data(IMAGENETTE)
+    assert (len(train), len(val), len(train.classes)) == (9469, 3925, 10)
+    picture = load_train(train.path(0), 0, 0, 0, 96, (0.25, 1.0), (3 / 4, 4 / 3), 0.5)
+    again = load_train(train.path(0), 0, 0, 0, 96, (0.25, 1.0), (3 / 4, 4 / 3), 0.5)
+    other = load_train(train.path(0), 0, 1, 0, 96, (0.25, 1.0), (3 / 4, 4 / 3), 0.5)
+    assert (picture == again).all() and (picture != other).any()
