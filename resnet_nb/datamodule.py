@@ -9,6 +9,7 @@ __all__ = ['Pictures', 'ImageNetDataModule']
 import signal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
@@ -16,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from .config import RunConfig
 from .sampler import PAD, EvalSampler, SampleKey, ShardSampler
 from .schedule import size_at
+from .seed import digest
 from .sources import Index, index_data, prepare_data
 from .transforms import load_eval, load_train
 
 # %% ../nbs/06_datamodule.ipynb #Pictures
 class Pictures(Dataset):
-    "Pictures of one split; `self[key]` is (image (3, size, size) uint8, target int), target -1 for a PAD."
+    "Pictures of one split; `self[key]` is (image (3, size, size) uint8, target int), with a digest (int) in training; target -1 for a PAD."
 
     def __init__(self, index: Index, config: RunConfig, train: bool):
         self.index, self.seed, self.train, self.recipe = index, config.seed, train, config.recipe
@@ -29,15 +31,18 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int]:
         if key.index == PAD:
             return torch.zeros(3, key.size, key.size, dtype=torch.uint8), -1
-        path, recipe = self.index.path(key.index), self.recipe
-        if self.train:
-            pixels = load_train(path, self.seed, *key, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
-        else:
-            pixels = load_eval(path, key.size, recipe.val_resize)
-        return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), int(self.index.labels[key.index])
+        path, recipe, target = self.index.path(key.index), self.recipe, int(self.index.labels[key.index])
+        if not self.train:
+            return _image(load_eval(path, key.size, recipe.val_resize)), target
+        pixels, crop = load_train(path, self.seed, *key, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
+        return _image(pixels), target, digest(*key, *crop, target)
+
+
+def _image(pixels: np.ndarray) -> torch.Tensor:  # (size, size, 3) to (3, size, size)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def _ignore_signals(worker_id: int) -> None:
@@ -106,3 +111,7 @@ class ImageNetDataModule(L.LightningDataModule):
         return self._loader(self.val_index, sampler, train=False)
 
     test_dataloader = val_dataloader
+
+    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int) -> list:
+        "Images and targets; digests stay where they are read."
+        return [super(ImageNetDataModule, self).transfer_batch_to_device(part, device, dataloader_idx) for part in batch[:2]] + [*batch[2:]]

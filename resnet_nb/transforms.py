@@ -75,10 +75,13 @@ def eval_picture(image: Image.Image, size: int, resize: float) -> np.ndarray:  #
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 # %% ../nbs/05_transforms.ipynb #load
-def load_train(path: str, seed: int, epoch: int, index: int, size: int, scale, ratio, flip: float) -> np.ndarray:
-    "The training picture at `path` as `epoch` sees it: (size, size, 3) uint8."
+def load_train(
+    path: str, seed: int, epoch: int, index: int, size: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float
+) -> tuple[np.ndarray, Crop]:
+    "The training picture at `path` as `epoch` sees it, (size, size, 3) uint8, and what was drawn for it."
     image = decode(path)
-    return train_picture(image, draw_crop(seed_key(seed, "augment", epoch, index), *image.size, scale, ratio, flip), size)
+    crop = draw_crop(seed_key(seed, "augment", epoch, index), *image.size, scale, ratio, flip)
+    return train_picture(image, crop, size), crop
 
 
 def load_eval(path: str, size: int, resize: float) -> np.ndarray:
