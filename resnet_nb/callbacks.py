@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'TextLoggingCallback', 'MetricsCallback',
-           'ResolutionScheduleCallback', 'Stopped', 'StopFlag', 'CheckpointCallback']
+           'ResolutionScheduleCallback', 'Stopped', 'StopFlag', 'tensor_hashes', 'CheckpointCallback']
 
 # %% ../nbs/13_callbacks.ipynb #imports
+import hashlib
 import os
 import signal
 import time
@@ -226,6 +227,21 @@ class StopFlag:
         return self.reason
 
 # %% ../nbs/13_callbacks.ipynb #CheckpointCallback
+def tensor_hashes(trainer) -> dict[str, str]:
+    "sha256 of every tensor that a run is: weights, statistics, and the optimizer's state, by name."
+
+    def sha256(tensor):
+        plain = tensor.detach().cpu().contiguous()
+        return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+    module, (optimizer,) = trainer.lightning_module, trainer.optimizers
+    found = {name: sha256(tensor) for name, tensor in module.state_dict().items()}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        found |= {f"{names[parameter]} {key}": sha256(value) for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return found
+
+
 class CheckpointCallback(Checkpoint):
     "Saves at each epoch's end and when the run is to stop. Lightning runs it after all other callbacks."
 
@@ -243,7 +259,8 @@ class CheckpointCallback(Checkpoint):
         partial = trainer.strategy.broadcast(str(partial_path(self.run_dir, step)) if trainer.is_global_zero else None)
         trainer.save_checkpoint(Path(partial) / STATE)  # rank zero writes, all take part
         if trainer.is_global_zero:
-            commit_checkpoint(self.run_dir, step, {"epoch": trainer.current_epoch, "world_size": trainer.world_size})
+            about = {"epoch": trainer.current_epoch, "world_size": trainer.world_size, "tensors": tensor_hashes(trainer)}
+            commit_checkpoint(self.run_dir, step, about)
             rotate(self.run_dir, best_epoch(self.run_dir).get("step"))
         trainer.strategy.barrier("checkpoint")
 

@@ -80,7 +80,8 @@ def mixing(recipe: Recipe, num_classes: int):
     kinds = [
         kind(alpha=alpha, num_classes=num_classes) for kind, alpha in ((MixUp, recipe.mixup_alpha), (CutMix, recipe.cutmix_alpha)) if alpha
     ]
-    return RandomChoice(kinds) if kinds else lambda images, targets: (images, targets)
+    mix = RandomChoice(kinds) if kinds else None
+    return lambda images, targets: mix(images.float(), targets) if mix else (images, targets)
 
 
 class ResNetModule(L.LightningModule):
@@ -190,6 +191,11 @@ class ResNetModule(L.LightningModule):
         checkpoint["train_sums"] = self._all_sum(self.train_sums.vector.clone()).cpu()  # every rank saves, rank zero writes
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
+        # Lightning counts a rank's batches; in the middle of an epoch there may be another number of them now
+        if step := checkpoint["global_step"] % self.steps_per_epoch:
+            batches = step * self.config.shards_per_rank
+            current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            current.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
         if self.global_rank == 0:  # the sums of all ranks; they must enter once
             self.train_sums.vector = checkpoint["train_sums"]
 

@@ -1,0 +1,159 @@
+"""The same bits: for any number of processes and data workers, and after any kill."""
+
+import subprocess
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from resnet_nb import cli, launch
+from resnet_nb.checkpoints import checkpoints
+from resnet_nb.runs import all_rows, create_run, lock_run, read_json, read_rows, write_json
+
+SHORT = {"epochs": 2, "image_sizes": [16, 24], "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+
+
+def tensors(run_dir):
+    """sha256 of every weight, statistic and momentum at the end, by name."""
+    return read_json(checkpoints(run_dir)[0] / "MANIFEST.json")["tensors"]
+
+
+def digests(run_dir):
+    return [(row["step"], row["digest"]) for row in read_rows(run_dir, "step")]
+
+
+@pytest.fixture(scope="module")
+def exact(make_config):
+    """exact(devices, num_workers, ...): folder of a finished run in exact numerics."""
+
+    def train(devices, num_workers=0, name=None, numerics="exact", **more):
+        name = name or f"{numerics}-{devices}-{num_workers}"
+        return launch.train(make_config(name, numerics=numerics, devices=devices, num_workers=num_workers, **(SHORT | more)))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def reference(exact):
+    """One process, no data workers, never interrupted."""
+    return exact(1)
+
+
+@pytest.mark.parametrize("devices, num_workers", [(2, 1), (4, 0), (1, 3)])
+def test_bits_do_not_depend_on_processes_and_workers(exact, reference, devices, num_workers):
+    other = exact(devices, num_workers)
+    assert len(tensors(reference)) > 180 and any("momentum" in name for name in tensors(reference))
+    assert tensors(other) == tensors(reference)
+    assert digests(other) == digests(reference)
+
+
+def test_close_has_the_same_stream_and_other_bits(exact, reference):
+    close = exact(2, numerics="close")
+    assert digests(close) == digests(reference)
+    assert tensors(close) != tensors(reference)
+
+
+def test_another_seed_has_another_stream_and_other_bits(make_config, reference):
+    other = launch.train(make_config("exact-seed-1", "local", seed=1, numerics="exact", **SHORT))
+    assert not set(digests(other)) & set(digests(reference))
+    assert not set(tensors(other).values()) & set(tensors(reference).values()) - {
+        tensors(reference)["network.bn1.num_batches_tracked"]  # a count of steps
+    }
+
+
+def test_verify_and_reproduce_say_so(reference, exact):
+    def said(*words):
+        result = CliRunner().invoke(cli.main, [str(word) for word in words])
+        return result.exit_code, result.output
+
+    again = said("reproduce", reference.name, "--hw", "cpu2", "--name", "again")
+    assert again[0] == 0 and "digest is the same in all 8 steps" in again[1], again[1]
+    assert "have the same sha256" in again[1]
+    assert said("verify", reference.name, "again")[0] == 0
+    assert said("verify", reference.name)[0] == 0
+    close = [exact(devices, numerics="close").name for devices in (1, 2)]
+    code, text = said("verify", reference.name, close[0])
+    assert code == 2 and "NOT COMPARABLE  numerics is exact and close" in text, text
+    code, text = said("verify", *close)
+    assert code == 1 and "train/step_loss differs first at step" in text and "first differs network." in text, text
+
+
+def test_stopped_on_two_and_resumed_on_one_is_the_same(make_config, reference):
+    on_two = make_config("two-then-one", numerics="exact", devices=2, **SHORT)
+    run_dir = launch.start(on_two)
+    deadline = time.monotonic() + 60
+    while not any(row.get("note") == "epoch" and row["epoch"] == 1 for row in all_rows(run_dir)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    launch.stop(run_dir)
+    launch.follow(run_dir)
+    stopped_at = checkpoints(run_dir)[0].name
+    launch.train(make_config("two-then-one", numerics="exact", devices=1, **SHORT))
+    assert tensors(run_dir) == tensors(reference), stopped_at
+    assert digests(run_dir) == digests(reference)
+
+
+# Where a rank kills itself, in its second epoch: a patch of the worker, run instead of `-m resnet_nb.worker`
+KILL = """
+import functools, os, signal, sys
+import torch
+from resnet_nb import callbacks, checkpoints, datamodule, module, numerics, worker
+
+def dying(owner, name, when, after=False):
+    whole = getattr(owner, name)
+    @functools.wraps(whole)
+    def call(*args, **kwargs):
+        dies = when(*args)
+        if dies and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = whole(*args, **kwargs)
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, call)
+
+calls = 0
+def nth(n):
+    def when(*args):
+        global calls
+        calls += 1
+        return calls > n
+    return when
+
+at, steps_before, shards = sys.argv[2], 5, int(sys.argv[3])
+if at == "data wait":
+    dying(datamodule.Pictures, "__getitem__", lambda self, key: self.train and key.epoch == 1)
+if at == "forward":
+    dying(module.ResNetModule, "training_step", nth(steps_before * shards + 1))
+if at == "gradient sum":
+    dying(numerics.GradientSum, "write_mean", nth(steps_before))
+if at == "optimizer step":
+    dying(torch.optim.SGD, "step", nth(steps_before), after=True)
+if at == "checkpoint write":
+    dying(callbacks, "commit_checkpoint", lambda run_dir, step, about: step == 8)
+if at == "after its rename":
+    dying(checkpoints, "write_file", lambda path, text: path.name == "LATEST" and "8" in text)
+sys.exit(worker.main(sys.argv[1]))
+"""
+PLACES = {"data wait": 1, "forward": 2, "gradient sum": 2, "optimizer step": 1, "checkpoint write": 2, "after its rename": 1}
+
+
+@pytest.mark.parametrize("at", PLACES)
+def test_a_killed_run_goes_on_to_the_same_bits_on_another_world_size(at, make_config, reference, tmp_path):
+    devices = PLACES[at]
+    name = "killed-" + at.replace(" ", "-")
+    config = make_config(name, numerics="exact", devices=devices, **SHORT)
+    run_dir = create_run(config)
+    (tmp_path / "kill.py").write_text(KILL)
+    words = launch.command(run_dir, devices)
+    words[len(words) - 3 :] = [str(tmp_path / "kill.py"), str(run_dir), at, str(4 // devices)]
+    with lock_run(run_dir):
+        killed = subprocess.run(words, capture_output=True, text=True)
+    assert killed.returncode and not read_json(run_dir / "metrics.json"), "the rank lived to the end"
+    write_json(run_dir / "run.json", {"status": "failed", "reason": "killed", "attempts": [{"attempt": 1}]})
+    expected = "step-00000008" if at == "after its rename" else "step-00000004"
+    assert checkpoints(run_dir)[0].name == expected
+    launch.train(make_config(name, numerics="exact", devices=3 - devices, **SHORT))
+    assert tensors(run_dir) == tensors(reference)
+    assert digests(run_dir) == digests(reference)
+    assert [row["epoch"] for row in read_rows(run_dir, "val")] == [0, 1]
