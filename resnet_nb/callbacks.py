@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 
 from .checkpoints import STATE, commit_checkpoint, partial_path, rotate
 from .config import Recipe
-from .runs import append_rows, best_epoch, read_rows, write_file, write_json
+from .runs import append_rows, best_epoch, write_file, write_summary
 from .schedule import size_at, size_plan
 
 # %% ../nbs/13_callbacks.ipynb #lines
@@ -105,8 +105,7 @@ class TextLoggingCallback(L.Callback):
 
     def _save_metrics_to_json(self, trainer, more: dict) -> None:
         if trainer.is_global_zero:
-            summary = {"best": best_epoch(self.run_dir), "train": read_rows(self.run_dir, "epoch"), "val": read_rows(self.run_dir, "val")}
-            write_json(self.run_dir / "metrics.json", summary | more)
+            write_summary(self.run_dir, more)
 
 # %% ../nbs/13_callbacks.ipynb #MetricsCallback
 class MetricsCallback(L.Callback):
@@ -117,7 +116,11 @@ class MetricsCallback(L.Callback):
     def __init__(self, run_dir: Path, attempt: int):
         self.run_dir, self.attempt = Path(run_dir), attempt
         self._lr, self._steps, self._val = None, [], {}
-        self._epoch_started = time.monotonic()
+        self._begin(0.0)
+
+    def _begin(self, exact_seconds: float) -> None:
+        "Start the epoch's clocks; in the middle of an epoch no on_train_epoch_start comes."
+        self._started, self._trained, self._pictures, self._exact = time.monotonic(), 0.0, 0, exact_seconds
 
     def _row(self, trainer, event: str, **values) -> dict:
         return {"event": event, "step": trainer.global_step, "epoch": trainer.current_epoch, "attempt": self.attempt, **values}
@@ -137,22 +140,26 @@ class MetricsCallback(L.Callback):
             self._steps.clear()
 
     def on_train_start(self, trainer, module) -> None:
-        self._epoch_started = time.monotonic()  # in the middle of an epoch no on_train_epoch_start comes
+        self._begin(0.0)
         self._record(trainer, self._row(trainer, "note", note="start", world_size=trainer.world_size))
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        self._epoch_started = time.monotonic()
+        self._begin(module.gradient_sum.seconds if module.gradient_sum else 0.0)
         self._record(trainer, self._row(trainer, "note", note="epoch", **{"train/learning_rate": current_lr(trainer)}))
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
         self._lr = float(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self._pictures += len(batch[1]) * trainer.world_size  # shards differ by one picture at most
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             row = self._row(trainer, "step", **{"train/learning_rate": self._lr}, image_size=batch[0].shape[-1])
             self._steps.append(row | {"sums": module.step_sums})
             if len(self._steps) == self.FETCH:
                 self._flush(trainer)
+
+    def on_validation_start(self, trainer, module) -> None:
+        self._trained = time.monotonic() - self._started
 
     def on_validation_epoch_end(self, trainer, module) -> None:
         self._val = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -161,10 +168,10 @@ class MetricsCallback(L.Callback):
         metrics = trainer.callback_metrics
         train = {name: float(value) for name, value in metrics.items() if name.startswith("train/")}
         self._flush(trainer)
-        seconds = {"seconds": round(time.monotonic() - self._epoch_started, 3)}
-        if module.gradient_sum:  # what exactness cost, since the start of this attempt
-            seconds["exact_seconds"] = round(module.gradient_sum.seconds, 3)
-        self._record(trainer, self._row(trainer, "epoch", **train, **seconds), self._row(trainer, "val", **self._val))
+        speed = {"seconds": round(self._trained, 3), "pictures_per_second": round(self._pictures / max(self._trained, 1e-3), 1)}
+        if module.gradient_sum:  # what exactness cost in this epoch, by this process's clock
+            speed["exact_seconds"] = round(module.gradient_sum.seconds - self._exact, 3)
+        self._record(trainer, self._row(trainer, "epoch", **train, **speed), self._row(trainer, "val", **self._val))
 
     def on_exception(self, trainer, module, exception) -> None:
         self._flush(trainer)

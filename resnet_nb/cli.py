@@ -15,7 +15,7 @@ import yaml
 from . import launch
 from .compare import check_run, compare_runs, exit_code
 from .config import Hardware, Parameters, checked, nearest, resolve
-from .runs import create_run, is_locked, load_config, lock_run, run_path
+from .runs import create_run, is_locked, load_config, lock_run, make_run_dir, run_path
 
 # %% ../nbs/17_cli.ipynb #read_options
 TEXT = {name for name, field in Parameters.model_fields.items() if field.annotation is str}
@@ -39,12 +39,15 @@ def read_options(p=(), r=(), y=(), f=()) -> Parameters:
     for text in y:
         given |= _mapping(text, "-y")
     for name, value in p:
-        given[name] = value if name in TEXT else yaml.safe_load(value)
+        given[name] = value if name in TEXT else _mapping(f"value: {value}", f"-p {name} {value}")["value"]
     given |= dict(r)
     for name in given:
         if name not in Parameters.model_fields:
             raise ValueError(f"unknown parameter {name!r}; {nearest(name, Parameters.model_fields)}")
-    return checked(Parameters, {name: str(value) if name in TEXT and value is not None else value for name, value in given.items()})
+    for name in TEXT & given.keys():
+        if not isinstance(given[name], str):
+            raise ValueError(f"{name}={given[name]!r} is no text in YAML; put it in quotes, or pass it with -r {name} VALUE")
+    return checked(Parameters, given)
 
 # %% ../nbs/17_cli.ipynb #main
 class _Commands(click.Group):
@@ -67,7 +70,7 @@ def main():
 
 def _find_run(name: str) -> Path:
     "The folder of a run, given by name or by path."
-    run_dir = Path(name) if (Path(name) / "config.json").exists() else run_path(Path(name).name)
+    run_dir = Path(name) if "/" in name or (Path(name) / "config.json").exists() else run_path(name)
     load_config(run_dir)
     return run_dir.resolve()
 
@@ -100,19 +103,23 @@ def train(p, r, y, f):
     config = resolve(read_options(p, r, y, f))
     _check_template()
     launch.check(config)
-    run_dir = create_run(config)
-    lock_run(run_dir).close()  # refuses while another process writes this run
+    run_dir = make_run_dir(config.name)
+    with lock_run(run_dir):  # refuses while another process writes this run
+        create_run(config)
     click.echo(f"{config.name}: recipe {config.recipe_name} on {config.hw}")
-    parameters = config.parameters.model_dump() | {"name": config.name, "data_dir": config.data_dir}
+    parameters = config.parameters.model_dump() | {"name": config.name}
     try:
         papermill.execute_notebook(
             str(TEMPLATE), str(run_dir / "train.ipynb"), parameters, progress_bar=False, stdout_file=sys.stdout, cwd=str(Path.cwd()),
             extra_arguments=["--log-level=ERROR"],  # of the kernel, which warns that its local sockets are not encrypted
         )  # fmt: skip
     except papermill.exceptions.PapermillExecutionError as error:
-        if error.ename == "KeyboardInterrupt":
+        if error.ename in ("KeyboardInterrupt", "RunStopped"):
+            click.echo(error.evalue, err=True)
             raise click.exceptions.Exit(130) from None
-        raise (launch.RunFailed if error.ename == "RunFailed" else ValueError)(error.evalue) from None
+        if error.ename == "ValueError":
+            raise ValueError(error.evalue) from None
+        raise launch.RunFailed(error.evalue if error.ename == "RunFailed" else f"{error.ename}: {error.evalue}") from None
     except KeyboardInterrupt:
         launch.stop(run_dir)
         launch.follow(run_dir, click.echo, history=False)

@@ -120,7 +120,7 @@ class Hardware(Strict):
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False  # memory format of pictures and weights
     num_workers: int = Field(ge=0)  # data loading processes a rank
-    num_threads: int | None = Field(None, ge=1)  # CPU threads a rank; None: torch's choice, 1 where ranks share a machine
+    num_threads: int | None = Field(None, ge=1)  # CPU threads a rank; None: an even share of the cores, 1 for exact numerics
     default_recipe: str = "digits"  # what this profile trains when nothing is named
 
     @model_validator(mode="after")
@@ -246,11 +246,13 @@ def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
     })  # fmt: skip
 
 # %% ../nbs/00_config.ipynb #read_parameters
-def read_parameters(namespace: Mapping[str, Any]) -> Parameters:
+def read_parameters(namespace: dict[str, Any]) -> Parameters:
     "The parameters among a notebook's names; raises ValueError for a plain value under any other name."
     plain = (str, int, float, list, dict, type(None))
     names = Parameters.model_fields
-    for name, value in namespace.items():
+    first = not namespace.setdefault("_parameters_are_read", False)  # later the notebook has names of its own
+    namespace["_parameters_are_read"] = True
+    for name, value in namespace.items() if first else ():
         if isinstance(value, plain) and name not in names and name not in ("In", "Out") and not name.startswith("_"):
             raise ValueError(f"unknown parameter {name!r}; {nearest(name, names)}")
     given = {name: namespace[name] for name in names if name in namespace}

@@ -108,6 +108,7 @@ class ImageNetDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         sampler = EvalSampler(len(self.val_index), self.config.recipe.shard_size, self.size_at, **self._rank())
+        sampler.set_epoch(self.config.recipe.epochs - 1)  # the final size, for test and validate; during a run Lightning sets the epoch
         return self._loader(self.val_index, sampler, train=False)
 
     test_dataloader = val_dataloader

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ShardBatchNorm2d', 'shard_batchnorm', 'take_running_stats', 'move_running_stats', 'build_model', 'check_sizes',
-           'param_groups']
+           'arch_problem', 'param_groups']
 
 # %% ../nbs/08_model.ipynb #imports
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .config import nearest
-from .numerics import from_fixed, to_fixed
+from .numerics import from_fixed, held, off_mps, to_fixed
 
 # %% ../nbs/08_model.ipynb #ShardBatchNorm2d
 class ShardBatchNorm2d(nn.BatchNorm2d):
@@ -46,12 +46,16 @@ def _shard_norms(network: nn.Module) -> list[ShardBatchNorm2d]:
     return [module for module in network.modules() if isinstance(module, ShardBatchNorm2d)]
 
 
-def take_running_stats(network: nn.Module) -> torch.Tensor:  # (2 * channels of all norms,) int64
-    "The statistics that wait, summed over this rank's shards in fixed point; nothing waits afterwards."
+def take_running_stats(network: nn.Module) -> torch.Tensor:  # (2 * channels of all norms + 1,) int64
+    "The statistics that wait, summed over this rank's shards in fixed point, and how many could not be held; nothing waits afterwards."
     shards = [torch.cat([stats.flatten() for stats in shard]) for shard in zip(*(norm.waiting for norm in _shard_norms(network)))]
     for norm in _shard_norms(network):
         norm.waiting = []
-    return to_fixed(torch.stack(shards)).sum(0) if shards else torch.zeros(0, dtype=torch.int64)
+    if not shards:
+        return torch.zeros(1, dtype=torch.int64)
+    stats = off_mps(torch.stack(shards).float())
+    good = held(stats)
+    return torch.cat([to_fixed(stats.where(good, 0)).sum(0), (~good).sum()[None]])
 
 
 @torch.no_grad()
@@ -60,13 +64,15 @@ def move_running_stats(
     total: torch.Tensor,  # from take_running_stats, summed over ranks
     num_shards: int,  # shards in the step, over all ranks
 ) -> None:
-    "Move all running statistics one step towards the mean over the step's shards."
+    "Move all running statistics one step towards the mean over the step's shards; a step with statistics that are not finite moves none."
     norms = _shard_norms(network)
-    means = from_fixed(total) / num_shards
+    if not norms:
+        return
+    means, whole = (from_fixed(total[:-1]) / num_shards).to(norms[0].running_mean), (total[-1] == 0).to(norms[0].running_mean)
     for norm, mean in zip(norms, means.split([2 * norm.num_features for norm in norms])):
         mean = mean.view(2, -1)
-        norm.running_mean.lerp_(mean[0], norm.momentum)
-        norm.running_var.lerp_(mean[1], norm.momentum)
+        norm.running_mean.lerp_(mean[0], norm.momentum * whole)
+        norm.running_var.lerp_(mean[1], norm.momentum * whole)
         norm.num_batches_tracked += 1
 
 # %% ../nbs/08_model.ipynb #build_model
@@ -93,6 +99,14 @@ def check_sizes(arch: str, sizes: tuple[int, ...]) -> None:
             network(torch.empty(2, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"arch {arch!r} can't take pictures of {size} px: {error}") from None
+
+
+def arch_problem(arch: str, sizes: tuple[int, ...]) -> str:
+    "What `check_sizes` says; empty where nothing is wrong."
+    try:
+        return check_sizes(arch, sizes) or ""
+    except ValueError as error:
+        return str(error)
 
 # %% ../nbs/08_model.ipynb #param_groups
 def param_groups(network: nn.Module, weight_decay: float) -> list[dict]:

@@ -7,6 +7,7 @@ __all__ = ['MEAN', 'STD', 'EpochSums', 'mixing', 'ResNetModule']
 
 # %% ../nbs/09_module.ipynb #imports
 import warnings
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -16,7 +17,7 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from .config import Recipe, RunConfig
 from .model import build_model, move_running_stats, param_groups, take_running_stats
-from .numerics import UNIT, GradientSum, to_fixed
+from .numerics import UNIT, GradientSum, held, off_mps, to_fixed
 from .schedule import lr_at
 from .seed import digest, torch_seed
 
@@ -24,6 +25,7 @@ from .seed import digest, torch_seed
 class EpochSums:
     "What one epoch of training or validation adds up, on this rank."
 
+    UNIT = 2.0**20  # of the loss; 2**17 batches of the largest loss that is held are below 2**63
     LOSS, BROKEN, SEEN, CORRECT, CORRECT5 = range(5)
 
     def __init__(self, num_classes: int = 0):  # 0: no F1
@@ -43,11 +45,12 @@ class EpochSums:
         targets: torch.Tensor,  # (B,) int64; -1 does not count
     ) -> None:
         "Add one batch."
+        loss_sum, logits, targets = off_mps(loss_sum), off_mps(logits), off_mps(targets)
         counts = targets >= 0
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = top == targets[:, None]
-        finite = loss_sum.isfinite()
-        fixed = to_fixed(torch.where(finite, loss_sum, 0).float())
+        finite = held(loss_sum)
+        fixed = to_fixed(torch.where(finite, loss_sum, 0).float(), self.UNIT)
         sums = [torch.stack([fixed, (~finite).long(), counts.sum(), hits[:, 0].sum(), hits.sum()])]
         if self.num_classes:
             wanted, given = targets[counts], top[counts, 0]
@@ -60,7 +63,7 @@ class EpochSums:
         total = all_sum(self.vector.clone()).cpu()
         seen = max(1, int(total[self.SEEN]))
         numbers = {
-            "loss": float("nan") if total[self.BROKEN] else total[self.LOSS].item() / UNIT / seen,
+            "loss": float("nan") if total[self.BROKEN] else total[self.LOSS].item() / self.UNIT / seen,
             "acc": total[self.CORRECT].item() / seen,
             "acc5": total[self.CORRECT5].item() / seen,
             "seen": total[self.SEEN].item(),
@@ -114,7 +117,7 @@ class ResNetModule(L.LightningModule):
         return self.network((images.float() - self.mean) / self.std)
 
     def _all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum")
+        return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum") if self.trainer.world_size > 1 else tensor
 
     def on_fit_start(self) -> None:
         if self.config.numerics == "exact":
@@ -143,10 +146,11 @@ class ResNetModule(L.LightningModule):
     def on_before_optimizer_step(self, optimizer) -> None:
         if self.gradient_sum:
             self.gradient_sum.write_mean(self._all_sum)
-        losses, num_shards = torch.stack(self._losses).float(), self.config.recipe.num_shards
-        finite = losses.isfinite()
-        seen = torch.tensor([(self._digest + 2**63) % 2**64 - 2**63]).to(self.device)  # modulo 2**64, as integers wrap
-        own = [take_running_stats(self.network).to(self.device), to_fixed(losses.where(finite, 0)).sum()[None], (~finite).sum()[None], seen]
+        losses, num_shards = off_mps(torch.stack(self._losses).float()), self.config.recipe.num_shards
+        good = held(losses)
+        seen = torch.tensor([(self._digest + 2**63) % 2**64 - 2**63])  # modulo 2**64, as integers wrap
+        step = torch.cat([to_fixed(losses.where(good, 0)).sum()[None], (~good).sum()[None], seen.to(losses.device)])
+        own = [take_running_stats(self.network).to(losses.device), step]
         total = self._all_sum(torch.cat(own))
         move_running_stats(self.network, total[:-3], num_shards)
         self.step_sums, self._losses, self._digest = total[-3:], [], 0
@@ -201,7 +205,10 @@ class ResNetModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         "Rank zero writes graph and summary to TensorBoard, once in the life of a run."
-        if self.trainer.is_global_zero and self.logger is not None and self.global_step == 0:
+        if not self.trainer.is_global_zero or self.logger is None:
+            return
+        written = Path(self.logger.log_dir) / ".graph"
+        if not written.exists():
             size = self.config.recipe.image_sizes[0]
             images = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device)
             with torch.no_grad(), warnings.catch_warnings():
@@ -210,3 +217,4 @@ class ResNetModule(L.LightningModule):
                 self.logger.experiment.add_graph(self.network, (images.float() - self.mean) / self.std)
                 self.network.train()
             self.logger.experiment.add_text("model/summary", f"```\n{self.network}\n```")
+            written.touch()

@@ -104,14 +104,15 @@ def plot_run(run_dir: str | Path) -> Figure:
     _draw_sizes(size, *zip(*seen), color=LOGGED, lw=1.2, label="as batches had it")
     size.set_xlabel("epoch")
     size.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for resumed in [row["step"] for row in all_rows(run_dir) if row.get("note") == "start" and row["step"]]:
+    resumed = [row["step"] for row in all_rows(run_dir) if row.get("note") == "start" and row["step"]]
+    for i, step in enumerate(resumed):
         for ax in axes:
-            ax.axvline(resumed / steps_per_epoch, color="black", lw=0.8, ls=":", label="resumed" if ax is lr else None)
+            ax.axvline(step / steps_per_epoch, color="black", lw=0.8, ls=":", label="resumed" if ax is lr and i == 0 else None)
     for ax in axes:
         ax.grid(alpha=0.25)
         ax.legend(fontsize=8, loc="best")
     sizes = "→".join(str(s) for s in dict.fromkeys(recipe.image_sizes))
-    title = f"{config.name}: {recipe.arch}, {sizes} px, {recipe.global_batch_size} pictures a step, {config.world_size} x {config.hw}"
+    title = f"{config.name}: {recipe.arch}, {sizes} px, {recipe.global_batch_size} pictures a step, {config.hw}: {config.world_size} x {config.hardware.accelerator}"
     fig.suptitle(title, fontsize=9)
     plt.close(fig)
     return fig

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIABLES', 'write_file', 'write_json', 'read_json', 'utc_now', 'run_path', 'load_config', 'what_is_learned',
-           'create_run', 'lock_run', 'is_locked', 'append_rows', 'all_rows', 'read_rows', 'best_epoch', 'read_status',
+           'make_run_dir', 'create_run', 'RunBusy', 'sign_lock', 'lock_run', 'hold_as_rank', 'is_locked', 'append_rows',
+           'parse_rows', 'all_rows', 'read_rows', 'write_summary', 'best_epoch', 'last_word', 'read_status',
            'write_status', 'code_facts', 'environment_facts']
 
 # %% ../nbs/10_runs.ipynb #imports
@@ -17,6 +18,7 @@ import platform
 import socket
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -40,7 +42,7 @@ def write_file(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     "Replace `path` by `value` at once."
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    write_file(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -68,16 +70,28 @@ def load_config(run_dir: Path) -> RunConfig:
 
 def what_is_learned(config: RunConfig) -> dict:
     "All that a run is a function of, as a flat dictionary; the data's content is checked where it is read."
-    return config.recipe.model_dump() | {"seed": config.seed, "numerics": config.numerics}
+    return config.recipe.model_dump(exclude={"expected_acc"}) | {"seed": config.seed, "numerics": config.numerics}
 
 
-def create_run(config: RunConfig) -> Path:
-    "The run's folder, made or found again; ValueError where it holds another run, or can't be written."
-    run_dir = run_path(config.name)
+def make_run_dir(name: str) -> Path:
+    "The folder of the run `name`, made where it is not there; ValueError where that can't be."
+    run_dir = run_path(name)
     try:
         for folder in ("checkpoints", "logs"):
             (run_dir / folder).mkdir(parents=True, exist_ok=True)
-        has_trained = any((run_dir / "checkpoints").glob("step-*"))
+        write_file(run_dir / "checkpoints" / "probe", "")  # Lightning would pass over a folder that can't be written
+        (run_dir / "checkpoints" / "probe").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"run folder {str(run_dir)!r} can't be written: {error.strerror or error}") from None
+    return run_dir
+
+
+def create_run(config: RunConfig) -> Path:
+    "The run's folder, made or found again; ValueError where it holds another run. Call it under the run's lock where others may write."
+    run_dir = make_run_dir(config.name)
+    completed = read_json(run_dir / "run.json").get("status") == "completed"
+    has_trained = completed or any((run_dir / "checkpoints").glob("step-*"))
+    try:
         if has_trained and (run_dir / "config.json").exists():
             old, new = what_is_learned(load_config(run_dir)), what_is_learned(config)
             if differs := [key for key in new if old.get(key) != new[key]]:
@@ -86,39 +100,68 @@ def create_run(config: RunConfig) -> Path:
                     f"run {config.name!r} was trained with {key}={old.get(key)!r}, asked for is {new[key]!r}; "
                     "choose another name, or ask for what it was"
                 )
-        write_json(run_dir / "config.json", config.model_dump(mode="json"))
+        if not completed:  # what a finished run says of itself stays
+            write_json(run_dir / "config.json", config.model_dump(mode="json"))
     except OSError as error:
         raise ValueError(f"run folder {str(run_dir)!r} can't be written: {error.strerror or error}") from None
     return run_dir
 
 # %% ../nbs/10_runs.ipynb #lock_run
+class RunBusy(ValueError):
+    "Another process writes this run."
+
+
+def _try_lock(path: Path, seconds: float = 0.0) -> IO | None:
+    "The file, locked for this process alone; None where another has it for longer than `seconds`."
+    file, deadline = open(path, "a+", encoding="utf-8"), time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError:
+            if time.monotonic() >= deadline:
+                file.close()
+                return None
+            time.sleep(0.05)
+
+
+def sign_lock(handle: int) -> None:
+    "Write this process into the open lock file `handle`, for those who find it taken."
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}".encode(), 0)
+
+
 def lock_run(run_dir: Path) -> IO:
-    "Take the run's lock, held until the returned file is closed here and in every heir; ValueError where another has it."
-    file = open(run_dir / "lock", "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise ValueError(
-            f"run {run_dir.name!r} is being written by {holder}; wait for it, stop it (resnet-nb stop {run_dir.name}), "
-            "or choose another name"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()} since {utc_now()}")
-    file.flush()
+    "Take the run's lock, held until the returned file is closed here and in every heir; RunBusy (a ValueError) where another writes the run."
+    lock = _try_lock(run_dir / "lock", seconds=1)  # who only looks has it for a moment
+    ranks = lock and _try_lock(run_dir / "ranks.lock", seconds=1)
+    if not ranks:
+        holder = (run_dir / "lock").read_text(encoding="utf-8") or "another process"
+        if lock:
+            lock.close()
+        raise RunBusy(
+            f"run {run_dir.name!r} is being written by {holder}; watch it (resnet-nb follow {run_dir.name}), "
+            f"stop it (resnet-nb stop {run_dir.name}), or choose another name"
+        )
+    ranks.close()
+    sign_lock(lock.fileno())
+    return lock
+
+
+def hold_as_rank(run_dir: Path) -> IO:
+    "What every rank holds while it lives, beside the others."
+    file = open(run_dir / "ranks.lock", "a+", encoding="utf-8")
+    fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
 
 def is_locked(run_dir: Path) -> bool:
     "Whether a process is writing the run."
-    if not (run_dir / "lock").exists():
-        return False
-    with open(run_dir / "lock", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
+    for name in ("lock", "ranks.lock"):
+        file = _try_lock(run_dir / name) if (run_dir / name).exists() else None
+        if file:
+            file.close()
+        elif (run_dir / name).exists():
             return True
     return False
 
@@ -133,15 +176,21 @@ def append_rows(run_dir: Path, rows: list[dict]) -> None:
         file.write(text.encode())
 
 
-def all_rows(run_dir: Path) -> list[dict]:
-    "Every whole row of metrics.jsonl, in order of writing."
-    path, rows = run_dir / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+def parse_rows(text: str) -> list[dict]:
+    "The whole rows among lines of JSON."
+    rows = []
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            continue
+            continue  # cut short by a crash
     return rows
+
+
+def all_rows(run_dir: Path) -> list[dict]:
+    "Every whole row of metrics.jsonl, in order of writing."
+    path = run_dir / "metrics.jsonl"
+    return parse_rows(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def read_rows(run_dir: Path, event: str) -> list[dict]:
@@ -155,16 +204,30 @@ def read_rows(run_dir: Path, event: str) -> list[dict]:
     return list(rows.values())
 
 # %% ../nbs/10_runs.ipynb #best_epoch
+def write_summary(run_dir: Path, more: dict) -> None:
+    "metrics.json: the best epoch, all epochs, and `more`."
+    numbers = {"best": best_epoch(run_dir), "train": read_rows(run_dir, "epoch"), "val": read_rows(run_dir, "val")}
+    write_json(run_dir / "metrics.json", read_json(run_dir / "metrics.json") | numbers | more)
+
+
 def best_epoch(run_dir: Path) -> dict:
     "The `val` row with the highest accuracy, the first of equals; {} before any."
     return max(read_rows(run_dir, "val"), key=lambda row: row["val/acc"], default={})
 
 # %% ../nbs/10_runs.ipynb #status
+def last_word(run_dir: Path, attempt: int) -> str:
+    "What rank zero noted when it ended `attempt`: 'completed' or 'stopped: reason'; empty where it did not get there."
+    notes = [row.get("note", "") for row in all_rows(run_dir) if row["attempt"] == attempt]
+    return next((note for note in reversed(notes) if note == "completed" or note.startswith("stopped: ")), "")
+
+
 def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers."
     status = {"status": "created", "reason": "", "attempts": []} | read_json(run_dir / "run.json")
     if status["status"] == "running" and not is_locked(run_dir):
-        status |= {"status": "failed", "reason": "its processes are gone without a word (killed, or the machine went down)"}
+        word, _, reason = last_word(run_dir, len(status["attempts"])).partition(": ")
+        gone = "its processes are gone without a word (killed, or the machine went down)"
+        status |= {"status": word or "failed", "reason": reason if word else gone}
     return status
 
 

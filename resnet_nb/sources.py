@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-from .config import nearest
 from .seed import permutation, seed_key
 
 # %% ../nbs/04_sources.ipynb #Index
@@ -83,14 +82,14 @@ def index_data(data_dir: str | Path) -> tuple[Index, Index]:
         raise ValueError(f"data_dir {str(data_dir)!r} is not a folder; it needs train/CLASS/FILE and val/CLASS/FILE")
     train, val = index_folder(data_dir / "train"), index_folder(data_dir / "val")
     if extra := sorted(set(val.classes) - set(train.classes)):
-        raise ValueError(f"val has {len(extra)} classes that train has not, {extra[0]!r} for one; {nearest(extra[0], train.classes[:10])}")
+        raise ValueError(f"val has {len(extra)} classes that train has not, {extra[0]!r} for one; both need the same class folders")
     if missing := sorted(set(train.classes) - set(val.classes)):
         raise ValueError(f"train has {len(missing)} classes that val has not, {missing[0]!r} for one; both need the same class folders")
     return train, val
 
 
 def fingerprint(index: Index) -> str:
-    "sha256 over path, label and bytes on disk of every file, in order: a copy elsewhere has the same."
+    "sha256 over path, label and size in bytes of every file, in order: a copy elsewhere has the same. Contents are not read."
     digest = hashlib.sha256()
     for i, label in enumerate(index.labels):
         digest.update(b"%s\0%d\0%d\n" % (index.relative_path(i), label, os.path.getsize(index.path(i))))
@@ -132,11 +131,15 @@ def prepare_data(dataset: str, data_dir: str | Path) -> None:
     elif dataset == "imagenette" and data_dir.name == "imagenette2-320" and not data_dir.exists():
         from torchvision.datasets import Imagenette  # only here: importing it takes seconds
 
-        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = data_dir.parent / ".imagenette.partial"  # a download that was cut short must not pass for the data set
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         try:
-            for split in ("train", "val"):
-                Imagenette(data_dir.parent, split=split, size="320px", download=not data_dir.exists())
+            Imagenette(partial, split="train", size="320px", download=True)
+            (partial / data_dir.name).rename(data_dir)
         except Exception as error:
             raise ValueError(
                 f"imagenette is not at {str(data_dir)!r} and could not be downloaded ({error}); pass data_dir or set $IMAGENETTE_DIR"
             ) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)

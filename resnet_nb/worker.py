@@ -26,10 +26,19 @@ from .callbacks import CheckpointCallback, MetricsCallback, ResolutionScheduleCa
 from .checkpoints import STATE, find_checkpoint
 from .config import Hardware, RunConfig
 from .datamodule import ImageNetDataModule
-from .model import check_sizes
 from .module import ResNetModule
 from .numerics import ExactDDPStrategy
-from .runs import append_rows, code_facts, environment_facts, load_config, read_json, utc_now, write_json
+from resnet_nb.runs import (
+    append_rows,
+    code_facts,
+    environment_facts,
+    hold_as_rank,
+    load_config,
+    read_json,
+    utc_now,
+    write_json,
+    write_summary,
+)
 from .sources import fingerprint
 
 # %% ../nbs/14_worker.ipynb #pick_accelerator
@@ -88,11 +97,11 @@ def data_facts(datamodule: ImageNetDataModule) -> dict:
     }
 
 
-def record_manifest(run_dir: Path, config: RunConfig, data: dict, attempt: int, devices: dict) -> None:
-    "Add this attempt to manifest.json; ValueError where the data is not that of the first attempt."
+def record_manifest(run_dir: Path, config: RunConfig, data: dict, attempt: int, devices: dict, resumes: bool) -> None:
+    "Add this attempt to manifest.json; ValueError where it resumes a run and the data is not that of the first attempt."
     path = run_dir / "manifest.json"
     manifest = read_json(path)
-    known = manifest.get("data", data)
+    known = manifest.get("data", data) if resumes else data
     if differs := [key for key in data if data[key] != known[key]]:
         key = differs[0]
         raise ValueError(
@@ -130,7 +139,7 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
         benchmark=accelerator == "cuda" and not exact,
         deterministic=exact,
         default_root_dir=run_dir,
-        logger=TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1 if first_step else None),
+        logger=TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1 if first_step else 0),
         callbacks=[
             TextLoggingCallback(run_dir),
             MetricsCallback(run_dir, attempt),
@@ -148,16 +157,17 @@ def run_rank(run_dir: Path, attempt: int) -> str:
         check_exact(config, pick_accelerator(config.hardware))
     is_zero = int(os.environ.get("RANK", 0)) == 0
     say = (lambda text: print(text, flush=True)) if is_zero else (lambda text: None)
-    check_sizes(config.recipe.arch, config.recipe.image_sizes)
     datamodule = ImageNetDataModule(config)
     datamodule.setup()
-    if is_zero:
-        devices = device_facts(config, pick_accelerator(config.hardware))
-        record_manifest(run_dir, config, data_facts(datamodule), attempt, devices)
     steps_per_epoch = datamodule.train_sampler().steps_per_epoch
     checkpoint = find_checkpoint(run_dir, say)
+    if is_zero:
+        devices = device_facts(config, pick_accelerator(config.hardware))
+        record_manifest(run_dir, config, data_facts(datamodule), attempt, devices, resumes=checkpoint is not None)
     step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    if checkpoint:
+    if step == config.recipe.epochs * steps_per_epoch:
+        say(f"▶️ {checkpoint.name} is the end of the run: nothing is left to train")
+    elif checkpoint:
         say(f"▶️ Resumes from {checkpoint.name}: epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch} of {steps_per_epoch}")
     module = ResNetModule(config, datamodule.num_classes, steps_per_epoch)
     trainer = make_trainer(config, run_dir, attempt, step)
@@ -169,6 +179,8 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     if trainer.is_global_zero:
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "attempt": attempt}
         append_rows(run_dir, [{"event": "note", "note": outcome} | place])
+        if outcome == "completed":
+            write_summary(run_dir, {})  # once more: a run that was killed after its last checkpoint has nothing left to train
     return outcome
 
 # %% ../nbs/14_worker.ipynb #main
@@ -178,6 +190,7 @@ def _quiet() -> None:
     for message in (
         ".*does not have many workers.*",  # the hardware profile decides
         ".*sync_dist=True.*",  # the numbers are summed over ranks before they are logged
+        ".*not resumable.*",  # Lightning looks for a state; our sampler computes its position from the count of steps
         ".*deprecated.*",  # Lightning's use of torch, not ours; `broadcast_buffers` has no successor in torch 2.10
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -192,8 +205,10 @@ def main(run_dir: str) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     _quiet()
+    held = hold_as_rank(run_dir)  # until this process ends
     try:
         print(run_rank(run_dir, attempt), flush=True)
+        held.close()
         return 0
     except BaseException as error:
         traceback.print_exc()

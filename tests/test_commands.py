@@ -117,6 +117,7 @@ BAD = {
     "overrides={epoch: 3}": "unknown field 'epoch' in overrides; did you mean 'epochs'?",
     "overrides={devices: 3, accelerator: cpu}": "num_shards=8 cannot be shared evenly by 3 devices; use 1, 2, 4 or 8",
     "overrides={arch: resnet19}": "unknown arch 'resnet19'; did you mean 'resnet1",
+    "overrides={arch: vit_b_16, image_sizes: [64]}": "arch 'vit_b_16' can't take pictures of 64 px",
     "overrides={num_shards: 1024}": "1437 training pictures leave fewer than 2 for each of 1024 shards",
     "data_dir=/no/such/folder": "data_dir '/no/such/folder' is not a folder",
     "data_dir=EMPTY": "has no pictures; add some or remove it",

@@ -98,7 +98,9 @@ def test_the_run_folder_is_complete(two):
 def test_best_and_last_checkpoints_stay_and_others_go(two):
     names = {path.name for path in (two / "checkpoints").glob("step-*")}
     last = {f"step-{STEPS * epoch:08d}" for epoch in (2, 3)}
-    best = (two / "checkpoints" / "BEST").read_text().strip()
+    accuracy = values(two, "val", "val/acc")
+    best = f"step-{STEPS * (accuracy.index(max(accuracy)) + 1):08d}"
+    assert (two / "checkpoints" / "BEST").read_text().strip() == best
     assert names == last | {best}
 
 

@@ -9,9 +9,12 @@ import time
 
 import pytest
 from conftest import STEPS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from resnet_nb import launch
-from resnet_nb.runs import all_rows, lock_run, read_json, read_rows, run_path, write_json
+from resnet_nb.checkpoints import checkpoints
+from resnet_nb.runs import all_rows, lock_run, read_json, read_rows, read_status, run_path, write_json
 
 
 def wait_for(what, seconds=90):
@@ -40,10 +43,10 @@ def stopped(make_config, one):
     """The run `one` again under another name, stopped in its second epoch and run again, on one process."""
     config = make_config("stopped", "local")
     run_dir = launch.start(config)
-    wait_for(lambda: epochs_begun(run_dir) >= 2)
-    launch.stop(run_dir)
+    launch.stop(run_dir)  # before its first step, so that it stops after that
     status = launch.follow(run_dir)
     assert status["status"] == "stopped" and "STOP file" in status["reason"]
+    assert [checkpoint.name for checkpoint in checkpoints(run_dir)] == ["step-00000001"]  # in the middle of an epoch
     launch.train(config)
     return run_dir
 
@@ -70,11 +73,67 @@ def test_an_epoch_in_two_halves_has_the_numbers_of_the_whole(stopped, one):
 
 
 def test_a_second_writer_is_refused(make_config):
-    config = make_config("busy", "local")
+    config, other = make_config("busy", "local"), make_config("busy", "local", peak_lr=0.5)
     run_dir = launch.create_run(config)
-    with lock_run(run_dir), pytest.raises(ValueError, match="run 'busy' is being written by process"):
-        launch.train(config)
+    for wish in (config, other):
+        with lock_run(run_dir), pytest.raises(ValueError, match="run 'busy' is being written by process"):
+            launch.start(wish)
+    with lock_run(run_dir), pytest.raises(ValueError, match="is being written by"):
+        launch.train(other)  # another run can't be followed in its place
+    assert launch.load_config(run_dir) == config != other
     assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_living_run_is_found_again(make_config):
+    config = make_config("alive", epochs=1, image_sizes=[16])
+    launch.start(config)
+    said = []
+    run_dir = launch.train(config, show=said.append)  # as a notebook that was opened again
+    assert "alive is running already" in said[0] and said[1].startswith("epoch   1/1")
+    assert len(read_status(run_dir)["attempts"]) == 1
+
+
+def test_a_run_stopped_elsewhere_is_no_finished_run(make_config):
+    config = make_config("stopped-elsewhere", "local")
+    run_dir = launch.start(config)
+    launch.stop(run_dir)
+    with pytest.raises(launch.RunStopped, match="was stopped before its end .a STOP file"):
+        launch.train(config)
+
+
+def test_a_resumed_run_has_one_graph_and_no_step_twice_in_tensorboard(stopped):
+    graphs = 0
+    for path in (stopped / "tensorboard").glob("events.*"):
+        graphs += sum(event.HasField("graph_def") for event in EventFileLoader(str(path)).Load())
+    assert graphs == 1
+    reader = EventAccumulator(str(stopped / "tensorboard"))
+    reader.Reload()
+    found = [event.step for event in reader.Scalars("train/step_loss")]
+    assert found == list(range(3 * STEPS))
+
+
+SHUFFLED = """
+import sys
+import lightning as L
+from resnet_nb import worker
+whole = L.Trainer
+L.Trainer = lambda **kw: whole(**kw | {"callbacks": kw["callbacks"][::-1]})
+sys.exit(worker.main(sys.argv[1]))
+"""
+
+
+def test_the_order_of_callbacks_changes_no_file(make_config, tmp_path, one):
+    def without_times(run_dir):
+        rows = all_rows(run_dir)
+        kept = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+        return kept, [line for line in (run_dir / "train.log").read_text().splitlines() if "🏁" not in line]
+
+    run_dir = launch.create_run(make_config("shuffled", "local"))
+    (tmp_path / "shuffled.py").write_text(SHUFFLED)
+    subprocess.run([sys.executable, str(tmp_path / "shuffled.py"), str(run_dir)], check=True)
+    assert without_times(run_dir) == without_times(one)
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {p.name for p in (one / "checkpoints").iterdir()}
+    assert without_times(run_dir)[0] != without_times(one)[0][::-1]
 
 
 def kill_a_rank(run_dir):
@@ -152,7 +211,8 @@ def test_ranks_stop_when_their_starter_is_killed(make_config):
         if "resnet_nb.launch" in line or "torch.distributed.run" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
     wait_for(lambda: not processes_of(run_dir), 60)
-    assert any(row.get("note", "").startswith("stopped: ") for row in all_rows(run_dir))
+    status = read_status(run_dir)
+    assert status["status"] == "stopped" and "the process that started this one is gone" in status["reason"]
     assert list((run_dir / "checkpoints").glob("step-*"))
 
 
