@@ -34,7 +34,8 @@ export: setup
 
 readme: setup
 	cd nbs && ../$(BIN)/jupyter nbconvert --to markdown --log-level WARN --output-dir .. --output README \
-	  --NbConvertApp.output_files_dir=nbs/images index.ipynb
+	  --NbConvertApp.output_files_dir=nbs/images --TagRemovePreprocessor.enabled=True \
+	  --TagRemovePreprocessor.remove_input_tags=hide-input index.ipynb
 
 # what the notebooks say and what is committed are the same
 sync: setup
