@@ -111,11 +111,12 @@ class TextLoggingCallback(L.Callback):
 class MetricsCallback(L.Callback):
     "metrics.jsonl and TensorBoard: every step, every epoch, every validation. Rank zero writes."
 
-    FETCH = 50  # steps between two fetches of their sums from the device
+    FETCH = 50  # steps between two fetches of their sums from the device; the first step is fetched at once
 
     def __init__(self, run_dir: Path, attempt: int):
         self.run_dir, self.attempt = Path(run_dir), attempt
         self._lr, self._steps, self._val = None, [], {}
+        self._fetch = 1
         self._begin(0.0)
 
     def _begin(self, exact_seconds: float) -> None:
@@ -155,8 +156,9 @@ class MetricsCallback(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             row = self._row(trainer, "step", **{"train/learning_rate": self._lr}, image_size=batch[0].shape[-1])
             self._steps.append(row | {"sums": module.step_sums})
-            if len(self._steps) == self.FETCH:
+            if len(self._steps) == self._fetch:
                 self._flush(trainer)
+                self._fetch = self.FETCH
 
     def on_validation_start(self, trainer, module) -> None:
         self._trained = time.monotonic() - self._started
