@@ -320,7 +320,7 @@ def texts(cell: dict) -> list[str]:
     return found
 
 
-PASSING = r"/(?:home|Users|root|work|tmp|private|var/folders)/|Warning|\b0x[0-9a-fA-F]+"
+PASSING = r"/(?:home|Users|root|work|tmp|private|var/folders)/|Warning|\b0x[0-9a-fA-F]{4,}\b(?!\.)"
 
 
 def passing(notebook: dict) -> list[str]:
