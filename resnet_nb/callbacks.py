@@ -70,8 +70,8 @@ class TextLoggingCallback(L.Callback):
             self._save_model_info_to_file(trainer, module)
 
     def _save_model_info_to_file(self, trainer, module) -> None:
-        count = sum(p.numel() for p in module.parameters())
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        count = sum(p.numel() for p in module.network.parameters())
+        trained = sum(p.numel() for p in module.network.parameters() if p.requires_grad)
         head = f"{type(module).__name__}: {module.config.recipe.arch}\n{count:,} parameters, {trained:,} of them trained\n"
         write_file(self.run_dir / "model_info.txt", f"{head}\n{ModelSummary(module, max_depth=3)}\n\n{module.network}\n")
 

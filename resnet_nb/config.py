@@ -77,6 +77,7 @@ class Recipe(Strict):
     flip: Share = 0.5  # probability of a left-right mirror image
     mixup_alpha: float = Field(0.0, ge=0)  # Beta distribution's parameter of mixup within a shard; 0: none
     cutmix_alpha: float = Field(0.0, ge=0)  # the same of CutMix; where both are set, each has half of the shards
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # of an average of the weights, a step, which validation then uses; 0: none
     expected_acc: Share | None = None  # validation accuracy that a whole run reaches, where it has been measured
 
     @property

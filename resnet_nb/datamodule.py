@@ -99,7 +99,7 @@ class ImageNetDataModule(L.LightningDataModule):
             batch_sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_ignore_signals if self.trainer else None,  # by hand, a process that ends must be able to end its workers
             pin_memory=bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda",
         )
 

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from .config import Recipe, RunConfig
@@ -102,6 +103,9 @@ class ResNetModule(L.LightningModule):
         self.network = build_model(config.recipe.arch, num_classes)
         if config.hardware.channels_last:
             self.network = self.network.to(memory_format=torch.channels_last)
+        self.ema = None
+        if decay := config.recipe.ema_decay:
+            self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)
         self.register_buffer("mean", 255 * torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
         self.train_sums, self.val_sums, self.test_sums = EpochSums(), EpochSums(num_classes), EpochSums(num_classes)
@@ -111,10 +115,11 @@ class ResNetModule(L.LightningModule):
         self.gradient_sum = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        "(B, 3, H, W) uint8 pictures in, (B, C) logits out."
+        "(B, 3, H, W) uint8 pictures in, (B, C) logits out; by the averaged weights where there are any and this is no training."
         if self.config.hardware.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.network((images.float() - self.mean) / self.std)
+        network = self.network if self.training or self.ema is None else self.ema
+        return network((images.float() - self.mean) / self.std)
 
     def _all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.trainer.strategy.reduce(tensor.to(self.device), reduce_op="sum") if self.trainer.world_size > 1 else tensor
@@ -154,6 +159,11 @@ class ResNetModule(L.LightningModule):
         total = self._all_sum(torch.cat(own))
         move_running_stats(self.network, total[:-3], num_shards)
         self.step_sums, self._losses, self._digest = total[-3:], [], 0
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema:
+            self.ema.update_parameters(self.network)
 
     def read_step(self, sums: list[int]) -> dict:
         "What a step's `step_sums` say: train/step_loss, mean over shards, and digest."
