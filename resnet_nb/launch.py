@@ -26,7 +26,8 @@ from resnet_nb.runs import (
 )  # fmt: skip
 from .sampler import ShardSampler
 from .schedule import size_plan
-from .sources import Index, index_data, prepare_data
+from .index import Index
+from .sources import index_data, prepare_data
 
 # %% ../nbs/18_launch.ipynb #check_hardware
 def _ask_torch(expression: str):

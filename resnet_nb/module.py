@@ -116,8 +116,8 @@ class ResNetModule(L.LightningModule):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         "(B, 3, H, W) uint8 pictures in, (B, C) logits out; by the averaged weights where there are any and this is no training."
-        if self.config.hardware.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        # pictures come as the decoder leaves them, channels last; the device's own layout decides what they become
+        images = images.contiguous(memory_format=torch.channels_last if self.config.hardware.channels_last else torch.contiguous_format)
         network = self.network if self.training or self.ema is None else self.ema
         return network((images.float() - self.mean) / self.std)
 

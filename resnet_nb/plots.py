@@ -17,7 +17,7 @@ from .config import Recipe, RunConfig
 from .runs import all_rows, load_config, read_rows
 from .sampler import ShardSampler
 from .schedule import lr_at, size_at
-from .sources import Index
+from .index import Index
 from .transforms import load_train
 
 # %% ../nbs/19_plots.ipynb #plot_plan
@@ -58,8 +58,8 @@ def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
         sampler.set_epoch(epoch)
         keys = next(iter(sampler))
         for ax, key in zip(row, keys):
-            ax.imshow(load_train(train.path(key.index), config.seed, *key, r.crop_scale, r.crop_ratio, r.flip)[0])
-            ax.set_title(train.classes[train.labels[key.index]], fontsize=7)
+            ax.imshow(load_train(train.read(key.index), train.where(key.index), config.seed, *key, r)[0])
+            ax.set_title(train.titles[train.labels[key.index]], fontsize=7)
         for ax in row:
             ax.axis("off")
         row[0].text(-0.15, 0.5, f"epoch {epoch + 1}\n{keys[0].size} px", transform=row[0].transAxes, ha="right", va="center", fontsize=8)

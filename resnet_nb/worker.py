@@ -39,7 +39,7 @@ from resnet_nb.runs import (
     write_json,
     write_summary,
 )
-from .sources import fingerprint
+from .index import fingerprint
 
 # %% ../nbs/17_worker.ipynb #pick_accelerator
 def pick_accelerator(hardware: Hardware) -> str:
