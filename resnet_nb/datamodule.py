@@ -40,12 +40,11 @@ class Pictures(Dataset):
         for i, key in enumerate(keys):
             if key.index != PAD:
                 targets[i] = target = int(self.index.labels[key.index])
-                data, where = self.index.read(key.index), self.index.where(key.index)
                 if self.train:
-                    pixels[i], crop = load_train(data, where, self.seed, *key, self.recipe, resize)
+                    pixels[i], crop = load_train(self.index, self.seed, *key, self.recipe, resize)
                     digests[i] = digest(*key, *crop, target)
                 else:
-                    pixels[i] = load_eval(data, where, size, self.recipe)
+                    pixels[i] = load_eval(self.index, key.index, size, self.recipe)
         batch = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(targets)
         return (*batch, torch.from_numpy(digests)) if self.train else batch
 
@@ -54,10 +53,11 @@ class Pictures(Dataset):
         return tuple(part[0] for part in self.__getitems__([key]))
 
 
-def resize(pixels: np.ndarray, size: int) -> np.ndarray:  # (height, width, 3) to (size, size, 3), uint8
+def resize(pixels: np.ndarray, size: int, mirror: bool) -> np.ndarray:  # (height, width, 3) to (size, size, 3), uint8
     "Bilinear, antialiased, by torch: within 1 of pillow's, and three times as fast."
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return F.interpolate(image, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    image = torch.from_numpy(pixels).unsqueeze(0).permute(0, 3, 1, 2)  # channels last to torch as well, which then leaves them there
+    image = F.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return (image.flip(3) if mirror else image).permute(0, 2, 3, 1)[0].numpy()
 
 
 def _as_it_is(batch):

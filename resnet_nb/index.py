@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-from joblib import Parallel, delayed
-from tqdm import tqdm
 
 from .config import project_root
 
@@ -93,7 +91,7 @@ class Index:
 
 # %% ../nbs/04_index.ipynb #readers
 def _read_file(index: Index, i: int) -> bytes:
-    with open(index.where(i), "rb") as file:
+    with open(index.where(i), "rb", buffering=0) as file:
         return file.read()
 
 
@@ -245,6 +243,9 @@ def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
 # %% ../nbs/04_index.ipynb #in_parallel
 def in_parallel(function: Callable, items: list, what: str, threads: bool = False) -> Iterator:
     "`function` of each of `items`, in order: by 16 threads, or by a process a core."
+    from joblib import Parallel, delayed  # only here: a data worker imports this module, too
+    from tqdm import tqdm
+
     parallel = Parallel(n_jobs=16, prefer="threads", return_as="generator") if threads else Parallel(n_jobs=-1, return_as="generator")
     results = parallel(delayed(function)(item) for item in items)
     return iter(tqdm(results, desc=what, total=len(items), disable=None, leave=False))  # None: no bar where nobody watches

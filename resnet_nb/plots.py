@@ -58,7 +58,7 @@ def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
         sampler.set_epoch(epoch)
         keys = next(iter(sampler))
         for ax, key in zip(row, keys):
-            ax.imshow(load_train(train.read(key.index), train.where(key.index), config.seed, *key, r)[0])
+            ax.imshow(load_train(train, config.seed, *key, r)[0])
             ax.set_title(train.titles[train.labels[key.index]], fontsize=7)
         for ax in row:
             ax.axis("off")

@@ -6,7 +6,7 @@
 __all__ = ['seed_key', 'torch_seed', 'digest', 'uniform', 'permutation']
 
 # %% ../nbs/01_seed.ipynb #imports
-from hashlib import blake2b
+from hashlib import blake2b, shake_128
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def digest(*words: str | int) -> int:  # int64
 
 # %% ../nbs/01_seed.ipynb #uniform
 def _raw(key: int, n: int) -> np.ndarray:  # (n,) uint64
-    return np.random.Philox(key=key).random_raw(n)
+    return np.frombuffer(shake_128(key.to_bytes(16, "little")).digest(8 * n), "<u8")
 
 
 def uniform(key: int, n: int) -> np.ndarray:  # (n,) float64 in [0, 1)

@@ -21,6 +21,7 @@ except ImportError:  # no wheel for this platform
     simplejpeg = None
 
 from .config import Recipe
+from .index import Index
 from .seed import seed_key, uniform
 
 # %% ../nbs/06_transforms.ipynb #decode
@@ -29,8 +30,7 @@ MAX_PIXELS = 2**26  # 67 megapixels; ImageNet's largest picture has 27
 
 def decode(
     data: bytes,  # a file's content
-    where: str,  # of the picture, for errors
-    fast: bool = False,  # of subsampled JPEG colours, interpolate none: quicker, and not pillow's pixels
+    fast: bool = False,  # of JPEG: round coarsely, and don't interpolate subsampled colours; not pillow's pixels any more
 ) -> np.ndarray:  # (height, width, 3) uint8
     "The picture in RGB; raises ValueError where it can't be decoded, or is larger than MAX_PIXELS."
     try:
@@ -39,7 +39,7 @@ def decode(
                 height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
                 if colors in ("YCbCr", "Gray", "RGB"):
                     _check_pixels(width, height)
-                    return simplejpeg.decode_jpeg(data, fastupsample=fast)
+                    return simplejpeg.decode_jpeg(data, fastupsample=fast, fastdct=fast)
             except ValueError as error:
                 if isinstance(error, TooLarge):
                     raise
@@ -47,7 +47,7 @@ def decode(
             _check_pixels(*image.size)
             return np.array(image.convert("RGB"))
     except Exception as error:  # pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
-        raise ValueError(f"{where!r} can't be decoded as a picture: {error}; replace it or remove it") from error
+        raise ValueError(f"can't be decoded as a picture: {error}; replace it or remove it") from error
 
 
 class TooLarge(ValueError):
@@ -78,8 +78,8 @@ def draw_crop(
     flip: float,  # probability
 ) -> Crop:
     "The random crop that belongs to `key`."
-    draws = uniform(key, 23)
-    mirror = bool(draws[0] < flip)
+    draws = uniform(key, 23).tolist()
+    mirror = draws[0] < flip
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for a, r in zip(draws[3:13], draws[13:23]):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * a)
@@ -92,16 +92,16 @@ def draw_crop(
     return Crop((width - w) // 2, (height - h) // 2, w, h, mirror)
 
 # %% ../nbs/06_transforms.ipynb #apply
-def resize(pixels: np.ndarray, size: int) -> np.ndarray:  # (height, width, 3) to (size, size, 3), uint8
+def resize(pixels: np.ndarray, size: int, mirror: bool) -> np.ndarray:  # (height, width, 3) to (size, size, 3), uint8
     "Bilinear, antialiased, by pillow."
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.BILINEAR))
+    image = Image.fromarray(pixels).resize((size, size), Image.BILINEAR)
+    return np.asarray(image.transpose(Image.FLIP_LEFT_RIGHT) if mirror else image)
 
 
 def train_picture(pixels: np.ndarray, crop: Crop, size: int, resize: Callable = resize) -> np.ndarray:  # (size, size, 3) uint8
     "`crop` of a picture, resized and mirrored as drawn."
     left, top, width, height, flip = crop
-    small = resize(pixels[top : top + height, left : left + width], size)
-    return small[:, ::-1] if flip else small
+    return resize(pixels[top : top + height, left : left + width], size, flip)
 
 
 def eval_picture(pixels: np.ndarray, size: int, resize: float) -> np.ndarray:  # (size, size, 3) uint8
@@ -113,23 +113,29 @@ def eval_picture(pixels: np.ndarray, size: int, resize: float) -> np.ndarray:  #
     return np.asarray(Image.fromarray(pixels).resize(scaled, Image.BILINEAR).crop((left, top, left + size, top + size)))
 
 # %% ../nbs/06_transforms.ipynb #load
+def _decoded(index: Index, i: int, fast: bool) -> np.ndarray:
+    try:
+        return decode(index.read(i), fast)
+    except ValueError as error:
+        raise ValueError(str(error) if index.where(i) in str(error) else f"{index.where(i)!r} {error}") from error
+
+
 def load_train(
-    data: bytes,  # a file's content
-    where: str,  # of the picture, for errors
+    index: Index,
     seed: int,
     epoch: int,
-    index: int,
+    i: int,  # number of the picture in the index
     size: int,  # px
     recipe: Recipe,
     resize: Callable = resize,
 ) -> tuple[np.ndarray, Crop]:
-    "The training picture as `epoch` sees it, (size, size, 3) uint8, and what was drawn for it."
-    pixels = decode(data, where, fast=True)
+    "Training picture `i` as `epoch` sees it, (size, size, 3) uint8, and what was drawn for it; ValueError says which picture is bad."
+    pixels = _decoded(index, i, fast=True)
     height, width = pixels.shape[:2]
-    crop = draw_crop(seed_key(seed, "augment", epoch, index), width, height, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
+    crop = draw_crop(seed_key(seed, "augment", epoch, i), width, height, recipe.crop_scale, recipe.crop_ratio, recipe.flip)
     return train_picture(pixels, crop, size, resize), crop
 
 
-def load_eval(data: bytes, where: str, size: int, recipe: Recipe) -> np.ndarray:
-    "The validation picture: (size, size, 3) uint8."
-    return eval_picture(decode(data, where), size, recipe.val_resize)
+def load_eval(index: Index, i: int, size: int, recipe: Recipe) -> np.ndarray:
+    "Validation picture `i`: (size, size, 3) uint8; ValueError says which picture is bad."
+    return eval_picture(_decoded(index, i, fast=False), size, recipe.val_resize)
