@@ -75,6 +75,7 @@ class Recipe(Strict):
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of a random crop, as a share of the picture
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a random crop
     flip: Share = 0.5  # probability of a left-right mirror image
+    bad_pictures: Literal["fail", "skip-listed"] = "fail"  # skip-listed: leave out what `resnet-nb check data` has listed
     mixup_alpha: float = Field(0.0, ge=0)  # Beta distribution's parameter of mixup within a shard; 0: none
     cutmix_alpha: float = Field(0.0, ge=0)  # the same of CutMix; where both are set, each has half of the shards
     ema_decay: float = Field(0.0, ge=0, lt=1)  # of an average of the weights, a step, which validation then uses; 0: none

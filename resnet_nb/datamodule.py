@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data import DataLoader, Dataset
 
+from .check import load_data
 from .config import RunConfig
 from .sampler import PAD, EvalSampler, SampleKey, ShardSampler
 from .schedule import size_at
 from .seed import digest
 from .index import Index
-from .sources import index_data, prepare_data
+from .sources import prepare_data
 from .transforms import load_eval, load_train
 
 # %% ../nbs/09_datamodule.ipynb #Pictures
@@ -84,7 +85,7 @@ class ImageNetDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train_index"):  # the module needs the classes before Lightning asks for them
             return
-        self.train_index, self.val_index = index_data(self.config.data_dir)
+        self.train_index, self.val_index, self.check = load_data(self.config.data_dir, self.config.recipe.bad_pictures)
         counts = f"{len(self.train_index):,} training and {len(self.val_index):,} validation pictures"
         rank_zero_only(print)(f"{counts} of {len(self.train_index.classes):,} classes", flush=True)
 

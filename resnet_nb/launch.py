@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .check import load_data
 from .config import Hardware, RunConfig
 from resnet_nb.runs import (
     RunBusy, create_run, is_locked, last_word, load_config, lock_run, make_run_dir, parse_rows,
@@ -27,7 +28,7 @@ from resnet_nb.runs import (
 from .sampler import ShardSampler
 from .schedule import size_plan
 from .index import Index
-from .sources import index_data, prepare_data
+from .sources import prepare_data
 
 # %% ../nbs/18_launch.ipynb #check_hardware
 def _ask_torch(expression: str):
@@ -286,7 +287,7 @@ def check(config: RunConfig) -> tuple[Index, Index]:
     check_hardware(config.hw, config.hardware, exact=config.numerics == "exact")
     check_arch(config.recipe.arch, config.recipe.image_sizes)
     prepare_data(config.recipe.dataset, config.data_dir)
-    train, val = index_data(config.data_dir)
+    train, val, _ = load_data(config.data_dir, config.recipe.bad_pictures)
     steps_per_epoch(config, train)
     return train, val
 

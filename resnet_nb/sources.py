@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'WNID', 'IMAGENETTE', 'TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'Found', 'by_class', 'is_picture', 'known_titles',
-           'index_folder', 'find_folders', 'find_kaggle', 'read_devkit', 'find_tars', 'find_parquet', 'find_pack',
-           'find_source', 'index_data', 'make_digits', 'prepare_data']
+           'index_folder', 'find_folders', 'find_kaggle', 'read_devkit', 'find_tars', 'find_parquet', 'list_pack',
+           'find_pack', 'find_source', 'index_data', 'make_digits', 'prepare_data']
 
 # %% ../nbs/05_sources.ipynb #imports
 import csv
@@ -233,7 +233,7 @@ def find_parquet(data_dir: Path) -> Found:
     title_of = lambda label: label_names[label].split(",")[0] if label_names else str(label)
     key_of = lambda label: wnid_of.get(label) or title_of(label)
     found = []
-    for split, (shards, lists) in splits.items():
+    for shards, lists in splits.values():
         rows, titles = [], {}
         for number, (labels, names, _) in enumerate(lists):
             keys = [key_of(label) for label in labels]
@@ -246,7 +246,7 @@ def find_parquet(data_dir: Path) -> Found:
     return Found(*found, watched)
 
 # %% ../nbs/05_sources.ipynb #find_pack
-def _list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
+def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
     "Class keys, names, sizes and places of the pictures in one Arrow file."
     import pyarrow as pa
 
@@ -281,7 +281,7 @@ def find_pack(data_dir: Path) -> Found:
         if missing := [path for path in paths if not os.path.exists(path)]:
             raise ValueError(f"the pack has lost {missing[0]!r}; run the same resnet-nb pack command again")
         rows = []
-        for number, (keys, names, sizes, offsets) in enumerate(in_parallel(_list_pack, paths, f"{split}: pack", threads=True)):
+        for number, (keys, names, sizes, offsets) in enumerate(in_parallel(list_pack, paths, f"{split}: pack", threads=True)):
             rows += by_class(keys, names, sizes, number, offsets)
         found.append(make_index(data_dir, "spans", about["titles"], rows, files))
         watched += paths

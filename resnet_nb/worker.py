@@ -40,6 +40,7 @@ from resnet_nb.runs import (
     write_summary,
 )
 from .index import fingerprint
+from .transforms import jpeg_decoder
 
 # %% ../nbs/17_worker.ipynb #pick_accelerator
 def pick_accelerator(hardware: Hardware) -> str:
@@ -80,6 +81,7 @@ def device_facts(config: RunConfig, accelerator: str) -> dict:
             "threads_per_rank": torch.get_num_threads(),
             "precision": config.hardware.precision,
             "channels_last": config.hardware.channels_last,
+            "jpeg_decoder": jpeg_decoder(),
             "deterministic": config.numerics == "exact",
         },
     }
@@ -162,7 +164,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     steps_per_epoch = datamodule.train_sampler().steps_per_epoch
     checkpoint = find_checkpoint(run_dir, say)
     if is_zero:
-        devices = device_facts(config, pick_accelerator(config.hardware))
+        devices = device_facts(config, pick_accelerator(config.hardware)) | {"data_check": datamodule.check}
         record_manifest(run_dir, config, data_facts(datamodule), attempt, devices, resumes=checkpoint is not None)
     step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     if step == config.recipe.epochs * steps_per_epoch:

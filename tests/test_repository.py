@@ -97,9 +97,12 @@ ARROWS = {
     "seed": set(),
     "schedule": {"config"},
     "sampler": {"seed"},
-    "sources": {"seed"},
-    "transforms": {"seed"},
-    "datamodule": {"config", "sampler", "schedule", "seed", "sources", "transforms"},
+    "index": {"config"},
+    "sources": {"index", "seed"},
+    "transforms": {"config", "index", "seed"},
+    "check": {"index", "sources", "transforms"},
+    "pack": {"check", "index", "sources", "transforms"},
+    "datamodule": {"check", "config", "index", "sampler", "schedule", "seed", "sources", "transforms"},
     "numerics": set(),
     "model": {"config", "numerics"},
     "module": {"config", "model", "numerics", "schedule", "seed"},
@@ -107,13 +110,15 @@ ARROWS = {
     "checkpoints": {"runs"},
     "compare": {"checkpoints", "runs"},
     "callbacks": {"checkpoints", "config", "runs", "schedule"},
-    "worker": {"callbacks", "checkpoints", "config", "datamodule", "module", "numerics", "runs", "sources"},
-    "launch": {"config", "runs", "sampler", "schedule", "sources"},
-    "plots": {"config", "runs", "sampler", "schedule", "sources", "transforms"},
-    "cli": {"compare", "config", "launch", "plots", "runs"},
+    "worker": {"callbacks", "checkpoints", "config", "datamodule", "module", "numerics", "runs", "index", "transforms"},
+    "launch": {"check", "config", "index", "runs", "sampler", "schedule", "sources"},
+    "plots": {"config", "index", "runs", "sampler", "schedule", "transforms"},
+    "cli": {"check", "compare", "config", "index", "launch", "pack", "plots", "runs"},
 }
 # what a notebook's kernel may import: no torch, no lightning
-KERNEL_SIDE = {"config", "seed", "schedule", "sampler", "sources", "transforms", "launch", "runs", "checkpoints", "compare", "plots", "cli"}
+KERNEL_SIDE = {
+    "config", "seed", "schedule", "sampler", "index", "sources", "transforms", "check", "pack", "launch", "runs", "checkpoints", "compare", "plots", "cli",
+}  # fmt: skip
 
 
 def imported(text: str) -> set[str]:
