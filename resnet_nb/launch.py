@@ -227,9 +227,12 @@ def epoch_line(config: RunConfig, train: dict, val: dict) -> str:
     "One line about one epoch, from its rows."
     percent = lambda value: f"{value:7.2%}"
     loss = lambda value: "nan" if value is None else f"{value:.4f}"
+    speed = f"{train['seconds']:6.1f} s, {train['pictures_per_second']:,.0f} pictures/s"
+    if "data_wait" in train:  # not in runs of older versions
+        speed += f", {train['data_wait']:.0%} waiting for data"
     return (
         f"epoch {train['epoch'] + 1:>3}/{config.recipe.epochs} | train loss {loss(train['train/loss'])} acc {percent(train['train/acc'])}"
-        f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {train['seconds']:6.1f} s, {train['pictures_per_second']:,.0f} pictures/s"
+        f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}"
     )
 
 

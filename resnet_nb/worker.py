@@ -22,7 +22,14 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from .callbacks import CheckpointCallback, MetricsCallback, ResolutionScheduleCallback, Stopped, TextLoggingCallback
+from resnet_nb.callbacks import (
+    CheckpointCallback,
+    DataWaitProfiler,
+    MetricsCallback,
+    ResolutionScheduleCallback,
+    Stopped,
+    TextLoggingCallback,
+)
 from .checkpoints import STATE, find_checkpoint
 from .config import Hardware, RunConfig
 from .datamodule import ImageNetDataModule
@@ -142,6 +149,7 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
         deterministic=exact,
         default_root_dir=run_dir,
         logger=TensorBoardLogger(run_dir, name="", version="tensorboard", purge_step=first_step + 1 if first_step else 0),
+        profiler=DataWaitProfiler(),
         callbacks=[
             TextLoggingCallback(run_dir),
             MetricsCallback(run_dir, attempt),
