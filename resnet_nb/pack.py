@@ -118,7 +118,8 @@ def pack(
             done = about["parts"].get(name)
             if done and (dst / name).exists() and (dst / name).stat().st_size == done["bytes"]:
                 continue
-            _write_json(path, about | {"finished": False})
+            about["finished"] = False
+            _write_json(path, about)
             first, last = number * PER_FILE, min((number + 1) * PER_FILE, len(index))
             try:
                 about["parts"][name] = write_part(index, first, last, dst / name, short_side, quality)
@@ -127,6 +128,7 @@ def pack(
                 raise ValueError(
                     f"{str(dst / name)!r} can't be written: {full}; {len(about['parts'])} parts are done, the same command goes on with the next"
                 ) from None
+            _write_json(path, about)
             show(f"{name}: {last - first:,} pictures, {about['parts'][name]['bytes'] / 1e6:,.1f} MB")
     if not about["finished"]:
         about["finished"] = True

@@ -103,7 +103,9 @@ def index_folder(root: Path, data_dir: Path) -> tuple[Index, list[str]]:
         raise ValueError(f"{str(root)!r} has no class folders; pictures are needed as {root.name}/CLASS/FILE")
     rows, watched = [], [str(root)]
     folders = [os.path.join(root, key) for key in keys]
-    for key, (names, sizes, looked_at) in zip(keys, in_parallel(_list_class, folders, f"{root.name}: class folders", threads=True)):
+    # of a few folders a new process would cost more than it saves; a million files keep Python busier than the disk
+    lists = in_parallel(_list_class, folders, f"{root.name}: class folders", threads=len(keys) < 100)
+    for key, (names, sizes, looked_at) in zip(keys, lists):
         if not names:
             raise ValueError(f"class folder {os.path.join(root, key)!r} has no pictures; add some or remove it")
         rows.append((key, names, sizes, 0, np.zeros(len(names), np.int64)))

@@ -185,12 +185,12 @@ IMAGENETTE = os.environ.get("IMAGENETTE_DIR", "")
 
 @pytest.mark.skipif(not IMAGENETTE, reason="needs real photos: set IMAGENETTE_DIR to imagenette's class folders")
 def test_real_photos_are_found_and_decoded():
+    from resnet_nb.config import RECIPES
     from resnet_nb.sources import index_data
     from resnet_nb.transforms import load_train
 
     train, val = index_data(IMAGENETTE)
     assert (len(train), len(val), len(train.classes)) == (9469, 3925, 10)
-    picture = load_train(train.path(0), 0, 0, 0, 96, (0.25, 1.0), (3 / 4, 4 / 3), 0.5)
-    again = load_train(train.path(0), 0, 0, 0, 96, (0.25, 1.0), (3 / 4, 4 / 3), 0.5)
-    other = load_train(train.path(0), 0, 1, 0, 96, (0.25, 1.0), (3 / 4, 4 / 3), 0.5)
+    recipe = RECIPES["imagenette"]
+    picture, again, other = (load_train(train, 0, epoch, 0, 96, recipe)[0] for epoch in (0, 0, 1))
     assert (picture == again).all() and (picture != other).any()
