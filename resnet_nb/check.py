@@ -364,7 +364,7 @@ def plot_odd(report: dict, indexes: dict[str, Index], each: int = 4):
     fig, axes = plt.subplots(rows, 6, figsize=(7, 1.5 * rows), layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for ax, (split, kind, i, name, text) in zip(axes.flat, listed):
+    for ax, (split, kind, i, name, _) in zip(axes.flat, listed):
         try:
             ax.imshow(eval_picture(decode(indexes[split].read(i)), 96, 8 / 7))
         except ValueError:
