@@ -108,18 +108,19 @@ def draw_crop(
     flip: float,  # probability
 ) -> Crop:
     "The random crop that belongs to `key`."
-    draws = uniform(key, 23).tolist()
-    mirror = draws[0] < flip
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    for a, r in zip(draws[3:13], draws[13:23]):
+    mirror, x, y, *first = uniform(key, 5).tolist()
+    flipped, low, high = mirror < flip, math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(10):
+        # nearly always the first one fits
+        a, r = uniform(key, 23)[3 + 2 * attempt :][:2].tolist() if attempt else first
         area = width * height * (scale[0] + (scale[1] - scale[0]) * a)
         aspect = math.exp(low + (high - low) * r)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return Crop(int(draws[1] * (width - w + 1)), int(draws[2] * (height - h + 1)), w, h, mirror)
+            return Crop(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h, flipped)
     w = min(width, round(height * ratio[1]))  # the largest centre crop whose ratio is allowed
     h = min(height, round(width / ratio[0]))
-    return Crop((width - w) // 2, (height - h) // 2, w, h, mirror)
+    return Crop((width - w) // 2, (height - h) // 2, w, h, flipped)
 
 # %% ../nbs/06_transforms.ipynb #apply
 def resize(pixels: np.ndarray, size: int, mirror: bool) -> np.ndarray:  # (height, width, 3) to (size, size, 3), uint8
