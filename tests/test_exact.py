@@ -128,7 +128,7 @@ def nth(n):
 
 at, steps_before, shards = sys.argv[2], 5, int(sys.argv[3])
 if at == "data wait":
-    dying(datamodule.Pictures, "__getitem__", lambda self, key: self.train and key.epoch == 1)
+    dying(datamodule.Pictures, "__getitems__", lambda self, keys: self.train and keys[0].epoch == 1)
 if at == "forward":
     dying(module.ResNetModule, "training_step", nth(steps_before * shards + 1))
 if at == "gradient sum":
