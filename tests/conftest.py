@@ -1,6 +1,7 @@
 """Small data and whole runs, shared by the tests: every run here is real processes, started as a person would start them."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from resnet_nb import launch
 from resnet_nb.config import Parameters, resolve
 from resnet_nb.sources import make_digits
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts pytest in the background has it ignored, by children too
 
 # resnet18 on 96 + 23 digits: 23 validation pictures share out evenly over neither 2 ranks nor batches of 6
 SMALL = {
