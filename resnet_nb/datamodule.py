@@ -7,6 +7,7 @@ __all__ = ['PREFETCH', 'BUFFERS', 'Pictures', 'resize', 'PictureLoader', 'ImageN
 
 # %% ../nbs/09_datamodule.ipynb #imports
 import signal
+from collections.abc import Iterator
 
 import lightning as L
 import numpy as np
@@ -30,43 +31,39 @@ class Pictures(Dataset):
 
     def __init__(self, index: Index, config: RunConfig, train: bool):
         self.index, self.seed, self.train, self.recipe = index, config.seed, train, config.recipe
-        self._buffers, self._turn = {}, 0
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(self, keys: list[SampleKey]) -> tuple[torch.Tensor, ...]:
-        "(images (B, 3, size, size) uint8, targets (B,) int64), with digests (B,) int64 in training; target -1 for a PAD."
-        size = keys[0].size
-        images = self._buffer(len(keys), size)
-        pixels, targets, digests = images.numpy(), np.full(len(keys), -1), np.zeros(len(keys), np.int64)
-        for i, key in enumerate(keys):
-            if key.index == PAD:
-                pixels[i] = 0
-            else:
-                targets[i] = target = int(self.index.labels[key.index])
-                if self.train:
-                    pixels[i], crop = load_train(self.index, self.seed, *key, self.recipe, resize)
-                    digests[i] = digest(*key, *crop, target)
-                else:
-                    pixels[i] = load_eval(self.index, key.index, size, self.recipe)
-        batch = images.permute(0, 3, 1, 2), torch.from_numpy(targets)
-        return (*batch, torch.from_numpy(digests)) if self.train else batch
+    def __getitems__(self, keys: list[SampleKey], memory: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """(images (B, 3, size, size) uint8, targets (B,) int64), with digests (B,) int64 in training; target -1 for a PAD.
 
-    def _buffer(self, count: int, size: int) -> torch.Tensor:  # (count, size, size, 3) uint8
-        "Room for a batch; in a data worker one of BUFFERS, in turn, which `PictureLoader` shares."
-        room = count * size * size * 3
-        if get_worker_info() is None:
-            return torch.empty(room, dtype=torch.uint8).view(count, size, size, 3)
-        self._turn = (self._turn + 1) % BUFFERS
-        buffer = self._buffers.get(self._turn)
-        if buffer is None or len(buffer) < room:
-            buffer = self._buffers[self._turn] = torch.empty(room, dtype=torch.uint8).share_memory_()
-        return buffer[:room].view(count, size, size, 3)
+        Images are written to `memory`, (bytes,) uint8, where they fit into it."""
+        size, labels = keys[0].size, self.index.labels
+        num_bytes = len(keys) * size * size * 3
+        if memory is None or len(memory) < num_bytes:
+            memory = torch.empty(num_bytes, dtype=torch.uint8)
+        images = _images(memory, len(keys), size)
+        targets = [-1 if key.index == PAD else int(labels[key.index]) for key in keys]
+        batch, places = (images, torch.tensor(targets)), images.permute(0, 2, 3, 1).numpy()
+        if not self.train:
+            for place, key in zip(places, keys):
+                place[:] = 0 if key.index == PAD else load_eval(self.index, key.index, size, self.recipe)
+            return batch
+        crops = []
+        for place, (pixels, crop) in zip(places, load_train(self.index, self.seed, keys, self.recipe, resize)):
+            place[:] = pixels
+            crops.append(crop)
+        return *batch, torch.tensor([digest(*key, *crop, target) for key, crop, target in zip(keys, crops, targets)])
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, ...]:
         "One picture: the parts of a batch, without their first dimension."
         return tuple(part[0] for part in self.__getitems__([key]))
+
+
+def _images(memory: torch.Tensor, count: int, size: int) -> torch.Tensor:  # (count, 3, size, size)
+    "The start of `memory` as images, channels last."
+    return memory[: count * size * size * 3].view(count, size, size, 3).permute(0, 3, 1, 2)
 
 
 def resize(pixels: np.ndarray, size: int, mirror: bool) -> np.ndarray:  # (height, width, 3) to (size, size, 3), uint8
@@ -83,26 +80,57 @@ BUFFERS = PREFETCH + 2  # of a worker, one more than can be in use
 class PictureLoader(DataLoader):
     "A DataLoader over `Pictures`; batches are the caller's own."
 
-    def __init__(self, pictures: Pictures, sampler, num_workers: int, **options):
+    def __init__(
+        self,
+        pictures: Pictures,
+        sampler: ShardSampler | EvalSampler,
+        num_workers: int,
+        room: int = 0,  # bytes of a buffer; a batch that is larger moves as DataLoader moves it
+        pin_memory: bool = False,
+        **options,  # of DataLoader
+    ):
+        self.pinned, self.shared = pin_memory, _Shared(pictures, num_workers, room) if num_workers else None
         prefetch = {"prefetch_factor": PREFETCH, "persistent_workers": True} if num_workers else {}
-        super().__init__(pictures, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers, **prefetch, **options)
+        super().__init__(
+            self.shared or pictures, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=num_workers, **prefetch, **options
+        )
 
-    def __iter__(self):
-        return _Owned(super().__iter__())
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        return map(self._own, super().__iter__())
+
+    def _own(self, batch: tuple) -> tuple[torch.Tensor, ...]:
+        images, *rest = self.shared.received(*batch) if self.shared else batch
+        if self.pinned:
+            images = images.pin_memory()
+        elif images.is_shared():
+            images = images.clone()
+        return images, *rest
 
 
-class _Owned:
-    "Batches out of workers' buffers, copied."
+class _Shared(Dataset):
+    "`Pictures` for data workers: images lie in buffers, only the small parts are sent."
 
-    def __init__(self, batches):
-        self._batches = batches
+    def __init__(self, pictures: Pictures, num_workers: int, room: int):
+        self.pictures, self._turn = pictures, 0
+        self._buffers = torch.empty((num_workers * BUFFERS, room), dtype=torch.uint8).share_memory_()
 
-    def __iter__(self):
-        return self
+    def __len__(self) -> int:
+        return len(self.pictures)
 
-    def __next__(self) -> tuple[torch.Tensor, ...]:
-        images, *rest = next(self._batches)
-        return (images.clone() if images.is_shared() else images, *rest)  # in pinned memory it is a copy already
+    def __getitems__(self, keys: list[SampleKey]) -> tuple:
+        "In a worker: where the images are (or the images, where they are too large), and the rest as arrays."
+        self._turn = (self._turn + 1) % BUFFERS
+        number = get_worker_info().id * BUFFERS + self._turn
+        images, *rest = self.pictures.__getitems__(keys, self._buffers[number])
+        fits = images.data_ptr() == self._buffers[number].data_ptr()
+        return (number, len(keys), keys[0].size) if fits else images, *(part.numpy() for part in rest)
+
+    def received(self, images, *rest) -> tuple[torch.Tensor, ...]:
+        "In the main process: the batch that was sent; its images are written over in time."
+        if isinstance(images, tuple):
+            number, count, size = images
+            images = _images(self._buffers[number], count, size)
+        return images, *(torch.from_numpy(part) for part in rest)
 
 
 def _as_it_is(batch):
@@ -156,11 +184,14 @@ class ImageNetDataModule(L.LightningDataModule):
         sampler.seek(self.trainer.global_step if self.trainer else 0)
         return sampler
 
-    def _loader(self, index: Index, sampler, train: bool) -> PictureLoader:
+    def _loader(self, index: Index, sampler: ShardSampler | EvalSampler, train: bool) -> PictureLoader:
+        recipe = self.config.recipe
+        largest = max(self.size_at(epoch) for epoch in range(recipe.epochs))
         return PictureLoader(
             Pictures(index, self.config, train),
             sampler,
             self.config.hardware.num_workers,
+            room=recipe.shard_size * largest * largest * 3,
             worker_init_fn=_ignore_signals if self.trainer else None,  # by hand, a process that ends must be able to end its workers
             pin_memory=bool(self.trainer) and self.trainer.strategy.root_device.type == "cuda",
         )

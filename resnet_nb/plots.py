@@ -57,8 +57,8 @@ def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     for row, epoch in zip(axes, (0, r.epochs - 1)):
         sampler.set_epoch(epoch)
         keys = next(iter(sampler))
-        for ax, key in zip(row, keys):
-            ax.imshow(load_train(train, config.seed, *key, r)[0])
+        for ax, key, (pixels, _) in zip(row, keys, load_train(train, config.seed, keys, r)):
+            ax.imshow(pixels)
             ax.set_title(train.titles[train.labels[key.index]], fontsize=7)
         for ax in row:
             ax.axis("off")

@@ -192,5 +192,5 @@ def test_real_photos_are_found_and_decoded():
     train, val = index_data(IMAGENETTE)
     assert (len(train), len(val), len(train.classes)) == (9469, 3925, 10)
     recipe = RECIPES["imagenette"]
-    picture, again, other = (load_train(train, 0, epoch, 0, 96, recipe)[0] for epoch in (0, 0, 1))
+    (picture, _), (again, _), (other, _) = load_train(train, 0, [(epoch, 0, 96) for epoch in (0, 0, 1)], recipe)
     assert (picture == again).all() and (picture != other).any()
