@@ -112,7 +112,13 @@ class _Shared(Dataset):
 
     def __init__(self, pictures: Pictures, num_workers: int, room: int):
         self.pictures, self._turn = pictures, 0
-        self._buffers = torch.empty((num_workers * BUFFERS, room), dtype=torch.uint8).share_memory_()
+        try:
+            self._buffers = torch.empty((num_workers * BUFFERS, room), dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:
+            raise ValueError(
+                f"num_workers={num_workers} data workers need {num_workers * BUFFERS * room / 2**20:,.0f} MiB of shared memory, which can't be had; "
+                "use fewer, or give more (docker run --shm-size, or a larger /dev/shm)"
+            ) from error
 
     def __len__(self) -> int:
         return len(self.pictures)

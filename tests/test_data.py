@@ -19,7 +19,7 @@ from torchvision import transforms as T
 from resnet_nb import launch, transforms
 from resnet_nb.check import check_data
 from resnet_nb.cli import main
-from resnet_nb.datamodule import resize
+from resnet_nb.datamodule import ImageNetDataModule, PictureLoader, Pictures, resize
 from resnet_nb.index import about_dir, fingerprint
 from resnet_nb.pack import pack
 from resnet_nb.runs import read_json, read_rows
@@ -126,6 +126,34 @@ def test_bad_pictures_that_are_listed_are_left_out_and_named(data, home, make_co
     assert manifest["data"]["train_pictures"] == 95
     assert manifest["attempts"][0]["data_check"]["left_out"] == {"train": [name], "val": []}
     assert len(manifest["attempts"][0]["data_check"]["content_sha256"]["train"]) == 64
+
+
+# --- data workers ------------------------------------------------------------------------------------------------------
+
+
+def equal(batches, others):
+    return all(part.equal(same) for one, other in zip(batches, others, strict=True) for part, same in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("room", [6 * 16 * 16 * 3, 0])  # the pictures fit into the shared buffers, or travel by themselves
+def test_spawned_data_workers_see_the_same_pictures(data, make_config, room):
+    datamodule = ImageNetDataModule(make_config("spawned"))
+    datamodule.setup()
+    here = list(datamodule.train_dataloader())
+    pictures, sampler = Pictures(datamodule.train_index, datamodule.config, train=True), datamodule.train_sampler()
+    assert equal(PictureLoader(pictures, sampler, 2, room, multiprocessing_context="spawn"), here)  # as on macOS
+    assert not equal(PictureLoader(pictures, sampler, 0), here[1:] + here[:1])
+
+
+def test_too_little_shared_memory_is_one_clear_sentence(data, make_config, monkeypatch):
+    def full(tensor):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    datamodule = ImageNetDataModule(make_config("crowded", num_workers=2))
+    datamodule.setup()
+    with pytest.raises(ValueError, match="num_workers=2 data workers need 0 MiB of shared memory, which can't be had; use fewer, or"):
+        datamodule.train_dataloader()
 
 
 # --- commands ----------------------------------------------------------------------------------------------------------
