@@ -128,11 +128,17 @@ class ResNetModule(L.LightningModule):
         if self.config.numerics == "exact":
             self.gradient_sum = GradientSum(list(self.network.parameters()), self.config.recipe.num_shards)
 
+    def _seed_draws(self, seed: int) -> None:
+        "torch.manual_seed, for the devices in use alone: it writes down the call stack for those that are not (0.35 ms, 40 frames deep)."
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
         images, targets, digests = batch
         shards = self.config.shards_per_rank
         shard = self.global_rank * shards + batch_idx % shards
-        torch.manual_seed(torch_seed(self.config.seed, "shard", self.global_step, shard))
+        self._seed_draws(torch_seed(self.config.seed, "shard", self.global_step, shard))
         self._digest += digest(shard, *digests.tolist())
         mixed, wanted = self.mix(images, targets)
         logits = self(mixed)
