@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ from .sources import find_source, index_data, is_picture
 from .transforms import TooLarge, decode, eval_picture
 
 # %% ../nbs/07_check.ipynb #examine
-BAD = ("empty", "too large", "undecodable")
-ODD = ("greyscale", "CMYK", "transparent", "16-bit", "animated", "misnamed", "oriented", "EXIF damaged", "other mode")
+BAD = ("empty", "too large", "undecodable", "unreadable")
+ODD = ("greyscale", "CMYK", "transparent", "16-bit", "animated", "misnamed", "oriented", "header damaged", "other mode")
 MODES = {
     "L": "greyscale",
     "1": "greyscale",
@@ -67,8 +68,16 @@ def examine(data: bytes, name: str) -> Picture:
     except ValueError as error:
         kind = "too large" if isinstance(error.__cause__, TooLarge) else "undecodable"
         return Picture(0, 0, {kind: str(error.__cause__)})
+    try:
+        kinds = _oddities(data, name)
+    except Exception as error:  # the decoder made less of its header than pillow does
+        kinds = {"header damaged": str(error)}
+    return Picture(width, height, kinds)
+
+
+def _oddities(data: bytes, name: str) -> dict[str, str]:
     kinds = {}
-    with Image.open(io.BytesIO(data)) as image:
+    with warnings.catch_warnings(record=True, action="always") as said, Image.open(io.BytesIO(data)) as image:
         mode = "transparent" if "transparency" in image.info else MODES.get(image.mode, "")
         if image.mode.startswith("I") or image.mode == "F":
             mode = "16-bit"
@@ -81,32 +90,34 @@ def examine(data: bytes, name: str) -> Picture:
         wanted = FORMATS[os.path.splitext(name)[1].lower()]
         if {image.format, wanted} not in ({wanted}, {"MPO", "JPEG"}):
             kinds["misnamed"] = f"a {image.format} file"
-        try:
-            orientation = image.getexif().get(ORIENTATION, 1)
-            if orientation != 1:
-                kinds["oriented"] = f"orientation {orientation}"
-        except Exception as error:  # EXIF is a world of its own; whatever it raises, the pixels are fine
-            kinds["EXIF damaged"] = str(error)
-    return Picture(width, height, kinds)
+        orientation = image.getexif().get(ORIENTATION, 1)
+        if orientation != 1:
+            kinds["oriented"] = f"orientation {orientation}"
+    if said:
+        kinds["header damaged"] = str(said[0].message)
+    return kinds
 
 # %% ../nbs/07_check.ipynb #check_split
 CHUNK = 128  # pictures a task
 
 
-def _examine_some(index: Index, first: int) -> tuple[bytes, list[tuple[int, int]], list[tuple[int, str, str]]]:
-    "sha256s, sizes in px, and (number, kind, text) of all that is not plain, of CHUNK pictures."
+def _examine_some(index: Index, first: int) -> tuple[bytes, list[tuple[int, int, int]], list[tuple[int, str, str]]]:
+    "sha256s, sizes in px and in bytes, and (number, kind, text) of all that is not plain, of CHUNK pictures."
     hashes, sizes, notes = [], [], []
     for i in range(first, min(first + CHUNK, len(index))):
-        data = index.read(i)
-        picture = examine(data, os.fsdecode(index.name(i)))
+        try:
+            data = index.read(i)
+            picture = examine(data, os.fsdecode(index.name(i)))
+        except ValueError as error:  # gone, changed since it was listed, or on a bad disk
+            data, picture = index.relative_path(i), Picture(0, 0, {"unreadable": str(error)})
         hashes.append(hashlib.sha256(data).digest())
-        sizes.append(picture[:2])
+        sizes.append((*picture[:2], len(data)))
         notes += [(i, kind, text) for kind, text in picture.kinds.items()]
     return b"".join(hashes), sizes, notes
 
 
 def _histogram(sides: np.ndarray) -> dict[str, list]:
-    counts, edges = np.histogram(sides, np.geomspace(sides.min(), sides.max() + 1, 33)) if len(sides) else ([], [])
+    counts, edges = np.histogram(sides, np.geomspace(sides.min() / 1.05, sides.max() * 1.05, 33)) if len(sides) else ([], [])
     return {"count": [int(count) for count in counts], "px": [round(float(edge), 1) for edge in edges]}
 
 
@@ -115,15 +126,16 @@ def check_split(index: Index, split: str) -> tuple[dict, np.ndarray]:
     starts = range(0, len(index), CHUNK)
     parts = list(in_parallel(lambda first: _examine_some(index, first), starts, f"{split}: {CHUNK} pictures each"))
     hashes = b"".join(part[0] for part in parts)
-    sizes = np.array([size for part in parts for size in part[1]]).reshape(-1, 2)
+    sizes = np.array([size for part in parts for size in part[1]]).reshape(-1, 3)
     listed = {}
     for i, kind, text in (note for part in parts for note in part[2]):
         listed.setdefault(kind, []).append([i, os.fsdecode(index.relative_path(i)), text])
     counts = np.bincount(index.labels, minlength=len(index.classes))
-    short = sizes.min(1)[sizes.min(1) > 0]
+    short = sizes[:, :2].min(1)
+    short = short[short > 0]
     facts = {
         "pictures": len(index),
-        "bytes": int(index.sizes.sum(dtype=np.int64)),
+        "bytes": int(sizes[:, 2].sum()),
         "sha256": fingerprint(index),
         "content_sha256": hashlib.sha256(hashes).hexdigest(),
         "classes": {key: int(count) for key, count in zip(index.classes, counts)},
@@ -339,7 +351,10 @@ def plot_sizes(report: dict):
     for split, facts in report["splits"].items():
         left.stairs(facts["histogram"]["count"], facts["histogram"]["px"], label=split)
         right.plot(sorted(facts["classes"].values(), reverse=True), label=split, marker="." if len(facts["classes"]) < 50 else "")
+    sides = [facts["short_side"][q] for facts in report["splits"].values() if facts["short_side"] for q in ("0", "100")]
     left.set(xlabel="short side, px", ylabel="pictures", xscale="log")
+    left.set_xticks([], minor=True)
+    left.set_xticks(ticks := sorted({round(side) for side in np.geomspace(min(sides), max(sides), 4)} if sides else []), ticks)
     right.set(xlabel="classes, the largest first", ylabel="pictures", ylim=0)
     for ax in (left, right):
         ax.grid(alpha=0.25)

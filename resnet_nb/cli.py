@@ -60,7 +60,7 @@ class _Commands(click.Group):
     def invoke(self, context):
         try:
             return super().invoke(context)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from None
         except launch.RunFailed as error:
             raise click.ClickException(str(error)) from None

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -85,12 +86,14 @@ def _list_class(folder: str) -> tuple[list[bytes], list[int], list[str]]:
                     if not entry.name.startswith(b"."):
                         below.append(prefix + entry.name + b"/")
                         folders.append(os.fsdecode(entry.path))
-                elif is_picture(entry.name) and not entry.is_dir():
-                    names.append(prefix + entry.name)
+                elif is_picture(entry.name):
                     try:
-                        sizes.append(entry.stat().st_size)
+                        status = entry.stat()
                     except OSError:
-                        raise ValueError(f"{os.fsdecode(entry.path)!r} can't be read: it is a link to nothing; remove it") from None
+                        raise ValueError(f"{os.fsdecode(entry.path)!r} can't be read: it is a link that leads nowhere; remove it") from None
+                    if not stat.S_ISDIR(status.st_mode):
+                        names.append(prefix + entry.name)
+                        sizes.append(status.st_size)
     return names, sizes, folders
 
 
@@ -98,9 +101,11 @@ def index_folder(root: Path, data_dir: Path) -> tuple[Index, list[str]]:
     "Index of the class folders below `root`, and all folders; raises ValueError where there is none, or one has no pictures."
     if not root.is_dir():
         raise ValueError(f"no folder {str(root)!r}; pictures are needed as {root.name}/CLASS/FILE")
-    keys = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    keys = [name for name in os.listdir(root) if os.path.isdir(root / name) and not name.startswith(".")]
     if not keys:
         raise ValueError(f"{str(root)!r} has no class folders; pictures are needed as {root.name}/CLASS/FILE")
+    if loop := next((key for key in keys if root.resolve().is_relative_to((root / key).resolve())), None):
+        raise ValueError(f"class folder {os.path.join(root, loop)!r} is a link to a folder that holds it; remove it")
     rows, watched = [], [str(root)]
     folders = [os.path.join(root, key) for key in keys]
     # of a few folders a new process would cost more than it saves; a million files keep Python busier than the disk

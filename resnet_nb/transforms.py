@@ -69,6 +69,9 @@ def read_size(data: bytes) -> tuple[int, int]:
     try:
         if _is_jpeg(data):
             return simplejpeg.decode_jpeg_header(data)[1::-1]
+    except ValueError:
+        pass  # what simplejpeg does not take, pillow may
+    try:
         with _opened(data) as image:
             return image.size
     except Exception:

@@ -95,6 +95,17 @@ def test_without_simplejpeg_pillow_decodes_the_same_pixels(monkeypatch):
     assert (decode(photo(90, 70, seed=1)) != fast).any()
 
 
+def test_what_simplejpeg_refuses_is_measured_and_decoded_by_pillow(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("not by this decoder")
+
+    data = photo(90, 70, quality=90)
+    fast = decode(data)
+    monkeypatch.setattr(transforms.simplejpeg, "decode_jpeg_header", refuse)
+    assert transforms.read_size(data) == (90, 70) and (decode(data) == fast).all()
+    assert transforms.read_size(data[:10]) == (1, 1)
+
+
 # --- the same run from every form of data ------------------------------------------------------------------------------
 
 
