@@ -49,7 +49,7 @@ def measure(kind: str, folder: str) -> None:
         before, start = memory(), time.perf_counter()
         data = ImageFolder(folder + "/train", allow_empty=True)
         samples = data.samples
-        look_up_all = lambda: [samples[i] for i in range(len(samples)) if samples[i][1] < 0]
+        look_up_all = lambda: [path for path, label in map(samples.__getitem__, range(len(samples))) if label < 0]
     else:
         from resnet_nb.index import fingerprint, kept_index
         from resnet_nb.sources import index_data
