@@ -87,7 +87,7 @@ def _oddities(data: bytes, name: str) -> dict[str, str]:
             kinds[mode] = f"mode {image.mode}"
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with a preview of itself
             kinds["animated"] = f"{image.n_frames} frames"
-        wanted = FORMATS[os.path.splitext(name)[1].lower()]
+        wanted = FORMATS.get(os.path.splitext(name)[1].lower(), image.format)  # a row of a table may have no such name
         if {image.format, wanted} not in ({wanted}, {"MPO", "JPEG"}):
             kinds["misnamed"] = f"a {image.format} file"
         orientation = image.getexif().get(ORIENTATION, 1)

@@ -114,7 +114,7 @@ def _read_row(index: Index, i: int) -> bytes:
     file, starts = index._open[which]
     group = int(np.searchsorted(starts, row, side="right")) - 1
     column = next(name for name in ("image", "img") if name in file.schema_arrow.names)
-    return file.read_row_group(group, columns=[column]).column(column)[row - int(starts[group])]["bytes"].as_py()
+    return file.read_row_group(group, columns=[column]).column(column)[row - int(starts[group])]["bytes"].as_py() or b""
 
 
 READERS = {"folders": _read_file, "flat": _read_file, "spans": _read_span, "rows": _read_row}

@@ -20,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -204,23 +204,40 @@ def find_tars(data_dir: Path) -> Found:
     val = make_index(data_dir, "spans", {key: titles[key] for key in set(truth)}, rows, [VAL_TAR])
     return Found(train, val, [str(path) for path in paths])
 
-# %% ../nbs/05_sources.ipynb #find_parquet
+# %% ../nbs/05_sources.ipynb #list_parquet
 def _list_parquet(path: str) -> tuple[list[int], list[bytes], list[str]]:
-    "Labels, file names and label names of one shard."
+    "Labels, file names (empty where there are none) and label names of one shard."
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path!r} is no parquet file that can be used: {error}; download it again") from None
     columns = file.schema_arrow.names
     image, label = (next((name for name in names if name in columns), None) for names in (("image", "img"), ("label", "labels")))
-    if image is None or label is None:
+    if not label or not {f"{image}.bytes", f"{image}.path"} <= {column.path for column in file.schema}:
         raise ValueError(f"{path!r} has columns {', '.join(columns)}; needed are image (with bytes and path) and label")
     table = file.read(columns=[f"{image}.path", label])
     paths = [path or "" for path in table.column(image).combine_chunks().field("path").to_pylist()]
     about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
     names = about.get("info", {}).get("features", {}).get(label, {}).get("names", [])
-    return table.column(label).to_pylist(), [os.fsencode(os.path.basename(path)) for path in paths], names
+    labels = table.column(label).to_pylist()
+    if missing := sum(label in (None, -1) for label in labels):
+        raise ValueError(f"{path!r} has {missing:,} rows without a label (null or -1); every picture needs one")
+    return labels, [os.fsencode(os.path.basename(path)) for path in paths], names
 
 
+def _keys_and_names(lists: list[tuple], key_of: Callable) -> list[tuple[list[str], list[bytes]]]:
+    "Of each shard the class keys and names of its rows: as in class folders where that names each one, else by shard and row."
+    keys = [[key_of(label) for label in labels] for labels, *_ in lists]
+    names = [[n.replace(b"_" + os.fsencode(k) + b".", b".") for k, n in zip(of_shard, ns)] for of_shard, (_, ns, _) in zip(keys, lists)]
+    every = [pair for of_shard in zip(keys, names) for pair in zip(*of_shard)]
+    if len(set(every)) < len(every) or any(not name for _, name in every):
+        names = [[b"%05d-%06d" % (shard, row) for row in range(len(of_shard))] for shard, of_shard in enumerate(keys)]
+    return list(zip(keys, names))
+
+# %% ../nbs/05_sources.ipynb #find_parquet
 def find_parquet(data_dir: Path) -> Found:
     "Hugging Face's shards of pictures; raises ValueError for other columns than theirs."
     folder = data_dir / "data" if (data_dir / "data").is_dir() else data_dir
@@ -237,18 +254,17 @@ def find_parquet(data_dir: Path) -> Found:
         for label, name in zip(labels, names):
             if wnid := WNID.match(os.fsdecode(name)):
                 wnid_of.setdefault(label, wnid[0])
-    title_of = lambda label: label_names[label].split(",")[0] if label_names else str(label)
-    key_of = lambda label: wnid_of.get(label) or title_of(label)
+    if len(set(wnid_of.values())) < len(wnid_of):
+        wnid_of = {}  # the labels are something else
+    name_of = lambda label: label_names[label] if label_names else str(label)
+    title_of = lambda label: name_of(label).split(",")[0]  # several may be 'maillot'; their whole names differ
+    key_of = lambda label: wnid_of.get(label) or name_of(label)
     found = []
     for shards, lists in splits.values():
-        rows, titles = [], {}
-        for number, (labels, names, _) in enumerate(lists):
-            keys = [key_of(label) for label in labels]
-            names = [
-                name.replace(b"_" + os.fsencode(key) + b".", b".") or b"%06d" % row for row, (key, name) in enumerate(zip(keys, names))
-            ]
+        titles = {key_of(label): title_of(label) for labels, *_ in lists for label in set(labels)}
+        rows = []
+        for number, (keys, names) in enumerate(_keys_and_names(lists, key_of)):
             rows += by_class(keys, names, [0] * len(keys), number, list(range(len(keys))))
-            titles |= {key: title_of(label) for key, label in zip(keys, labels)}
         found.append(make_index(folder, "rows", titles, rows, [shard.name for shard in shards]))
     return Found(*found, watched)
 
