@@ -131,15 +131,19 @@ def find_kaggle(data_dir: Path) -> Found:
     if not pictures.is_dir():
         pictures = data_dir  # some keep train and val beside the table
     train, watched = index_folder(pictures / "train", data_dir)
+    flat = pictures / "val"
+    if not flat.is_dir() or not any(map(is_picture, os.listdir(os.fsencode(flat)))):  # somebody has sorted them into class folders
+        val, folders = index_folder(flat, data_dir)
+        return Found(train, val, watched + folders)
     with open(solution, newline="", encoding="utf-8") as file:
         label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-    names, sizes, folders = _list_class(str(pictures / "val"))
+    names, sizes, folders = _list_class(str(flat))
     keys = [label_of.get(os.fsdecode(name).rpartition(".")[0]) for name in names]
     if None in keys:
         raise ValueError(f"{solution.name} has no line for {os.fsdecode(names[keys.index(None)])!r} of val; it needs one for every picture")
     titles = dict(zip(train.classes, train.titles))
     rows = by_class(keys, names, sizes, 0, [0] * len(names))
-    val = make_index(pictures / "val", "flat", {key: titles.get(key, key) for key in set(keys)}, rows)
+    val = make_index(flat, "flat", {key: titles.get(key, key) for key in set(keys)}, rows)
     return Found(train, val, [*watched, *folders, str(solution)])
 
 # %% ../nbs/05_sources.ipynb #find_tars
