@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from .index import Index, about_dir, fingerprint, in_parallel
-from .sources import find_source, index_data, is_picture
+from .sources import index_data, is_picture, list_data
 from .transforms import TooLarge, decode, eval_picture
 
 # %% ../nbs/07_check.ipynb #examine
@@ -147,11 +147,11 @@ def check_split(index: Index, split: str) -> tuple[dict, np.ndarray]:
 
 # %% ../nbs/07_check.ipynb #duplicates
 def duplicates(indexes: dict[str, Index], hashes: dict[str, np.ndarray]) -> list[list[str]]:
-    "Groups of byte-identical files, as split/CLASS/NAME."
+    "Groups of byte-identical files that are not empty, as split/CLASS/NAME."
     splits = [(split, i) for split, index in indexes.items() for i in (0, len(index))]
     total = np.concatenate([hashes[split] for split in indexes])
     _, group, count = np.unique(total, return_inverse=True, return_counts=True)
-    several = np.flatnonzero(count[group] > 1)
+    several = np.flatnonzero((count[group] > 1) & (total != np.frombuffer(hashlib.sha256().digest(), "V32")))
     first = dict(zip(indexes, np.cumsum([0, *(n for _, n in splits[1::2])])))
     groups = {}
     for at in several.tolist():
@@ -161,12 +161,18 @@ def duplicates(indexes: dict[str, Index], hashes: dict[str, np.ndarray]) -> list
     return sorted(groups.values())
 
 # %% ../nbs/07_check.ipynb #strays
-def strays(data_dir: Path) -> Iterator[str]:
-    "Files and links below train/ and val/ that are no pictures, relative to `data_dir`."
-    for split in ("train", "val"):
-        for at, folders, files in os.walk(os.fsencode(data_dir / split)):
-            links = [name for name in folders if os.path.islink(os.path.join(at, name)) and at != os.fsencode(data_dir / split)]
-            for name in sorted(links) + sorted(name for name in files if not is_picture(name)):
+def strays(index: Index, data_dir: Path) -> Iterator[str]:
+    "Files and links to folders that lie among the pictures of `index`, and are not in it; relative to `data_dir`."
+    if index.layout not in ("folders", "flat"):
+        return
+    root = os.fsencode(index.root)
+    classes = [os.path.join(root, os.fsencode(key)) for key in index.classes] if index.layout == "folders" else []
+    for top in [root, *filter(os.path.islink, classes)]:
+        for at, folders, files in os.walk(top):
+            links = [name for name in folders if os.path.islink(path := os.path.join(at, name)) and path not in classes]
+            hidden = b"/." in at[len(root) :]
+            taken = [] if hidden or (at == root and classes) else filter(is_picture, files)
+            for name in sorted(links) + sorted(set(files) - set(taken)):
                 kind = " (a link to a folder)" if name in links else ""
                 yield os.path.relpath(os.fsdecode(os.path.join(at, name)), data_dir) + kind
 
@@ -230,8 +236,11 @@ def compare_with_imagenet(splits: dict[str, dict], known: dict = IMAGENET) -> di
 # %% ../nbs/07_check.ipynb #check_data
 def check_data(data_dir: str | Path) -> dict:
     "Check the data, write check.json, and return the report; ValueError where it is no data at all."
-    data_dir = Path(data_dir).resolve()
-    found = find_source(data_dir)
+    data_dir, folder = Path(data_dir).resolve(), about_dir(data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".check-{os.getpid()}.json"
+    partial.touch()  # where nothing can be written, that is better known now than at the end
+    found = list_data(data_dir)  # anew: a picture that was replaced in place changes no folder
     indexes = {"train": found.train, "val": found.val}
     checked = {split: check_split(index, split) for split, index in indexes.items()}
     splits, hashes = ({split: both[k] for split, both in checked.items()} for k in (0, 1))
@@ -248,14 +257,11 @@ def check_data(data_dir: str | Path) -> dict:
             "within val": [group for group in same if all(name.startswith("val/") for name in group)],
             "between train and val": [group for group in same if len({name.split("/")[0] for name in group}) > 1],
         },
-        "strays": list(strays(data_dir)),
+        "strays": [stray for index in indexes.values() for stray in strays(index, data_dir)],
         "damaged": damaged_parts(data_dir) if is_pack else [],
         "imagenet": compare_with_imagenet(splits) if is_imagenet(found.train.classes) and not is_pack else {},
     }
     report["problems"] = problems(report)
-    folder = about_dir(data_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".check-{os.getpid()}.json"
     partial.write_text(json.dumps(report), encoding="utf-8")
     partial.replace(folder / "check.json")
     return report
@@ -298,7 +304,7 @@ def summary(report: dict) -> list[str]:
         lines += [f"  {number:,} {kind}" for kind, number in kinds.most_common()]
     lines += [f"byte-identical {place}: {len(groups):,}" for place, groups in report["duplicates"].items() if groups]
     if report["strays"]:
-        lines.append(f"files that are no pictures: {len(report['strays']):,}, {report['strays'][0]!r} for one")
+        lines.append(f"files that are not part of it: {len(report['strays']):,}, {report['strays'][0]!r} for one")
     lines += [f"ImageNet: {name}: {text}" for name, text in report["imagenet"].items()]
     return lines + ([f"PROBLEM {problem}" for problem in report["problems"]] or ["healthy"])
 
@@ -336,7 +342,7 @@ def load_data(data_dir: str | Path, bad_pictures: str = "fail") -> tuple[Index, 
 # %% ../nbs/07_check.ipynb #page
 def checked_indexes(data_dir: str | Path) -> tuple[dict, dict[str, Index]]:
     "The report about this data, and its indexes; ValueError where there is no report about it as it is now."
-    found = find_source(Path(data_dir))
+    found = list_data(data_dir)
     report = read_check(data_dir, found.train, found.val)
     if report is None:
         raise ValueError(f"there is no check of {str(data_dir)!r} as it is now; run resnet-nb check data {str(data_dir)!r}")
@@ -349,7 +355,8 @@ def plot_sizes(report: dict):
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     for split, facts in report["splits"].items():
-        left.stairs(facts["histogram"]["count"], facts["histogram"]["px"], label=split)
+        if facts["short_side"]:
+            left.stairs(facts["histogram"]["count"], facts["histogram"]["px"], label=split)
         right.plot(sorted(facts["classes"].values(), reverse=True), label=split, marker="." if len(facts["classes"]) < 50 else "")
     sides = [facts["short_side"][q] for facts in report["splits"].values() if facts["short_side"] for q in ("0", "100")]
     left.set(xlabel="short side, px", ylabel="pictures", xscale="log")
@@ -358,7 +365,8 @@ def plot_sizes(report: dict):
     right.set(xlabel="classes, the largest first", ylabel="pictures", ylim=0)
     for ax in (left, right):
         ax.grid(alpha=0.25)
-        ax.legend(fontsize=8)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8)
     plt.close(fig)
     return fig
 
@@ -384,6 +392,6 @@ def plot_odd(report: dict, indexes: dict[str, Index], each: int = 4):
             ax.imshow(eval_picture(decode(indexes[split].read(i)), 96, 8 / 7))
         except ValueError:
             ax.imshow(np.full((1, 1, 3), 160, np.uint8))
-        ax.set_title(f"{split}: {kind}\n{os.path.basename(name)[-22:]}", fontsize=6)
+        ax.set_title(f"{split}: {kind}\n{os.fsencode(os.path.basename(name)).decode(errors='replace')[-22:]}", fontsize=6)
     plt.close(fig)
     return fig

@@ -226,11 +226,14 @@ def data(data_dir, page):
     if page:
         import papermill
 
-        papermill.execute_notebook(
-            str(TEMPLATE.with_name("check.ipynb")), str(folder / "check.ipynb"), {"data_dir": str(data_dir.resolve())}, progress_bar=False,
-            extra_arguments=["--log-level=ERROR"],
-        )  # fmt: skip
-        click.echo(f"page: {_shown(folder / 'check.ipynb')}")
+        try:
+            papermill.execute_notebook(
+                str(TEMPLATE.with_name("check.ipynb")), str(folder / "check.ipynb"), {"data_dir": str(data_dir.resolve())}, progress_bar=False,
+                extra_arguments=["--log-level=ERROR"],
+            )  # fmt: skip
+            click.echo(f"page: {_shown(folder / 'check.ipynb')}")
+        except papermill.exceptions.PapermillExecutionError as error:  # the report stands all the same
+            click.echo(f"the page could not be finished: {error.ename}: {error.evalue}", err=True)
     raise click.exceptions.Exit(bool(report["problems"]))
 
 

@@ -70,7 +70,8 @@ class Index:
             raise ValueError(f"{self.where(index)!r} can't be read: {error}; was it removed after the run began?") from None
         if self.layout != "rows" and len(data) != self.sizes[index]:
             raise ValueError(
-                f"{self.where(index)!r} has {len(data):,} bytes, {self.sizes[index]:,} when it was indexed; data must not change under a run"
+                f"{self.where(index)!r} has {len(data):,} bytes, {self.sizes[index]:,} when it was indexed; data must not change under a run; "
+                "if it changed before, let resnet-nb check data look at it anew"
             )
         return data
 
@@ -80,14 +81,20 @@ class Index:
         return Index(self.root, self.layout, self.classes, self.titles, arrays, self.containers)
 
     def __getstate__(self) -> dict:
-        # to a spawned worker goes the place of the arrays, not the arrays
-        return self.__dict__ | {"_open": {}} | ({"arrays": None, "labels": None, "sizes": None} if self._saved else {})
+        # to another process goes the place of the arrays, not the arrays
+        left_out = ("arrays", "labels", "sizes") if self._saved else ()
+        return {name: value for name, value in self.__dict__.items() if name not in left_out} | {"_open": {}}
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__ |= state
-        if self._saved:
-            self.arrays = _load_arrays(*self._saved)
-            self.labels, self.sizes = self.arrays["labels"], self.arrays["sizes"]
+    def __getattr__(self, name: str) -> object:
+        # which maps them when it first asks for one
+        if name not in ("arrays", "labels", "sizes") or not self.__dict__.get("_saved"):
+            raise AttributeError(name)
+        try:
+            self.arrays = _load_arrays(*self._saved, self.layout)
+        except OSError:
+            raise ValueError(f"the data in {self.root!r} has changed, and was indexed anew, under this process; start it again") from None
+        self.labels, self.sizes = self.arrays["labels"], self.arrays["sizes"]
+        return self.__dict__[name]
 
 # %% ../nbs/04_index.ipynb #readers
 def _read_file(index: Index, i: int) -> bytes:
@@ -129,6 +136,8 @@ def make_index(
 ) -> Index:
     "The index of these rows, in the order of class key and name; raises ValueError for a picture that is there twice."
     keys = sorted(titles, key=os.fsencode)
+    if len(keys) > 2**16:
+        raise ValueError(f"{str(root)!r} has {len(keys):,} classes; at most {2**16:,} are possible")
     by_class = {key: [] for key in keys}
     for key, names, sizes, file, offsets in rows:
         by_class[key].append((names, np.asarray(sizes, np.int64), np.full(len(names), file), np.asarray(offsets, np.int64)))
@@ -164,7 +173,7 @@ def _small(numbers: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/04_index.ipynb #fingerprint
 def fingerprint(index: Index) -> str:
-    "sha256 over class keys, and over name, label and size in bytes of every picture, in order. Contents are not read."
+    "sha256 over class keys, and over name, label and size in bytes (of rows: the footer of their file) of every picture, in order. Contents are not read."
     digest = hashlib.sha256(json.dumps(index.classes).encode())
     for name, kind in (("lengths", "<u4"), ("labels", "<u2"), ("sizes", "<u8")):
         digest.update(index.arrays[name].astype(kind).tobytes())
@@ -172,7 +181,18 @@ def fingerprint(index: Index) -> str:
     if len(names) != lengths.sum(dtype=np.int64):  # some were left out: their names are still in between
         names = np.frombuffer(b"".join(index.name(i) for i in range(len(index))), np.uint8)
     digest.update(names)
+    for name in index.containers if index.layout == "rows" else ():  # sizes are not known; the files' own tables say what is in them
+        digest.update(_parquet_footer(os.path.join(index.root, name)))
     return digest.hexdigest()
+
+
+def _parquet_footer(path: str) -> bytes:
+    "Schema, and place, size and statistics of each column of each row group."
+    with open(path, "rb") as file:
+        file.seek(-8, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, os.SEEK_END)
+        return file.read(length)
 
 # %% ../nbs/04_index.ipynb #keep_index
 VERSION = 1  # of what is kept; another one is built anew
@@ -184,10 +204,10 @@ def about_dir(data_dir: str | Path) -> Path:
     return project_root() / "data" / "about" / f"{data_dir.name}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:8]}"
 
 
-def _load_arrays(folder: Path, split: str) -> dict[str, np.ndarray]:
-    files = {name: folder / f"{split}-{name}.npy" for name in ARRAYS}
+def _load_arrays(folder: Path, split: str, layout: str) -> dict[str, np.ndarray]:
+    names = ARRAYS if layout in ("spans", "rows") else ARRAYS[:-2]
     # np.memmap is slower to index than the plain array over the same pages
-    return {name: np.asarray(np.load(file, mmap_mode="r")) for name, file in files.items() if file.exists()}
+    return {name: np.asarray(np.load(folder / f"{split}-{name}.npy", mmap_mode="r")) for name in names}
 
 
 def _state(paths: Iterable[str]) -> list[list]:
@@ -201,25 +221,40 @@ def _state(paths: Iterable[str]) -> list[list]:
 
 def keep_index(data_dir: str | Path, splits: dict[str, Index], watched: Iterable[str], seen: float) -> None:
     "Keep `splits` until one of the paths `watched` changes; not where one did so less than 2 s before `seen`, or no folder can be written."
-    state = _state(watched)
+    try:
+        state = _state(watched)
+    except OSError:
+        return  # it is changing now
     if not state or max(changed for _, changed, _ in state) > (seen - 2) * 1e9:
         return
-    folder = about_dir(data_dir) / "index"
+    about, digest = {"version": VERSION, "splits": {}}, hashlib.sha256()
+    for split, index in splits.items():
+        about["splits"][split] = {name: getattr(index, name) for name in ("root", "layout", "classes", "titles", "containers")}
+        for array in index.arrays.values():
+            digest.update(array)
+    digest.update(json.dumps(about).encode())
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".index-", dir=folder.parent))
+        home = about_dir(data_dir)
+        home.mkdir(parents=True, exist_ok=True)
+        partial, folder = Path(tempfile.mkdtemp(prefix=".index-", dir=home)), home / f"index-{digest.hexdigest()[:16]}"
     except OSError:
         return  # a read-only place: the index is built each time
     try:
-        about = {}
-        for split, index in splits.items():
-            about[split] = {name: getattr(index, name) for name in ("root", "layout", "classes", "titles", "containers")}
-            for name, array in index.arrays.items():
-                np.save(partial / f"{split}-{name}.npy", array)
-        (partial / "about.json").write_text(json.dumps({"version": VERSION, "state": state, "splits": about}), encoding="utf-8")
-        partial.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        if (folder / "about.json").exists():  # folders were touched, or another process was faster
+            (partial / "state.json").replace(folder / "state.json")
+        else:
+            for split, index in splits.items():
+                for name, array in index.arrays.items():
+                    np.save(partial / f"{split}-{name}.npy", array)
+            (partial / "about.json").write_text(json.dumps(about), encoding="utf-8")
+            partial.chmod(0o755)
+            shutil.rmtree(folder, ignore_errors=True)  # what is left of one that was being removed
+            partial.rename(folder)
+        for other in set(home.glob("index-*")) - {folder}:  # of what the data was before
+            for name in ("state.json", "about.json"):  # first, so that nobody begins to use it
+                (other / name).unlink(missing_ok=True)
+            shutil.rmtree(other, ignore_errors=True)
     except OSError:
         pass  # a full disk, or another process was faster
     finally:
@@ -228,17 +263,20 @@ def keep_index(data_dir: str | Path, splits: dict[str, Index], watched: Iterable
 
 def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
     "What `keep_index` kept, its arrays mapped into memory; None where there is nothing, or the data has changed."
-    folder = about_dir(data_dir) / "index"
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if about["version"] != VERSION or _state(path for path, *_ in about["state"]) != about["state"]:
-            return None
-        splits = {split: Index(arrays=_load_arrays(folder, split), **fields) for split, fields in about["splits"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # never kept, half gone, or of another version: it is built anew
-    for split, index in splits.items():
-        index._saved = (folder, split)
-    return splits
+    for folder in about_dir(data_dir).glob("index-*"):
+        try:
+            about, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("about.json", "state.json"))
+            if about["version"] != VERSION or _state(path for path, *_ in state) != state:
+                continue
+            splits = {
+                split: Index(arrays=_load_arrays(folder, split, fields["layout"]), **fields) for split, fields in about["splits"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # going away, or of another version: it is built anew
+        for split, index in splits.items():
+            index._saved = (folder, split)
+        return splits
+    return None
 
 # %% ../nbs/04_index.ipynb #in_parallel
 def in_parallel(function: Callable, items: list, what: str, threads: bool = False) -> Iterator:

@@ -7,6 +7,7 @@ __all__ = ['PER_FILE', 'CHUNK', 'shrink', 'write_part', 'pack']
 
 # %% ../nbs/08_pack.ipynb #imports
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from .check import load_data
+from .check import damaged_parts, load_data
 from .index import Index, fingerprint, in_parallel
 from .sources import list_pack
 from .transforms import decode
@@ -76,7 +77,7 @@ def write_part(index: Index, first: int, last: int, path: Path, short_side: int,
         partial.unlink(missing_ok=True)
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(data).hexdigest()}
 
-# %% ../nbs/08_pack.ipynb #pack
+# %% ../nbs/08_pack.ipynb #begin
 def _plan(train: Index, val: Index, short_side: int, quality: int) -> dict:
     parts = lambda index: range(0, len(index), PER_FILE)
     splits = {"train": train, "val": val}
@@ -90,6 +91,42 @@ def _plan(train: Index, val: Index, short_side: int, quality: int) -> dict:
     }
 
 
+def _begin(dst: Path, plan: dict) -> dict:
+    "What pack.json says, or begins with; parts that are damaged are not among those done. ValueError where `dst` holds something else."
+    path = dst / "pack.json"
+    if path.exists():
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if differs := [key for key in plan if about.get(key) != plan[key]]:
+            raise ValueError(
+                f"{str(dst)!r} holds a pack with another {differs[0]}: {str(about.get(differs[0]))[:80]}; choose another folder, or remove it"
+            )
+        for name in damaged_parts(dst):
+            del about["parts"][name]
+        return about
+    if any(dst.iterdir()):
+        raise ValueError(f"{str(dst)!r} is not empty and holds no pack; choose another folder")
+    return plan | {"made_with": {"pillow": PIL.__version__}, "parts": {}, "finished": False}
+
+
+def _lock(dst: Path) -> int:
+    "A handle of the folder, locked until it is closed; ValueError where another process has it."
+    handle = os.open(dst, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"another process is writing the pack {str(dst)!r}; let it finish") from None
+    except OSError:
+        pass  # a file system without such locks, as some on a network are
+    return handle
+
+
+def _write_json(path: Path, about: dict) -> None:
+    partial = path.with_name(".pack.json.partial")
+    partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    partial.replace(path)
+
+# %% ../nbs/08_pack.ipynb #pack
 def pack(
     src: str | Path,  # data in any form
     dst: str | Path,  # folder of the pack
@@ -101,22 +138,20 @@ def pack(
     "Make a pack, or finish one, and return its folder; ValueError where a picture is bad, or the folder holds something else."
     dst = Path(dst)
     train, val, _ = load_data(src, bad_pictures)
+    dst.mkdir(parents=True, exist_ok=True)
+    lock = _lock(dst)
+    try:
+        return _write_pack(train, val, dst, short_side, quality, show)
+    finally:
+        os.close(lock)
+
+
+def _write_pack(train: Index, val: Index, dst: Path, short_side: int, quality: int, show: Callable[[str], None]) -> Path:
     plan, path = _plan(train, val, short_side, quality), dst / "pack.json"
-    if path.exists():
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if differs := [key for key in plan if about.get(key) != plan[key]]:
-            raise ValueError(
-                f"{str(dst)!r} holds a pack with another {differs[0]}: {str(about.get(differs[0]))[:80]}; choose another folder, or remove it"
-            )
-    elif dst.exists() and any(dst.iterdir()):
-        raise ValueError(f"{str(dst)!r} is not empty and holds no pack; choose another folder")
-    else:
-        dst.mkdir(parents=True, exist_ok=True)
-        about = plan | {"made_with": {"pillow": PIL.__version__}, "parts": {}, "finished": False}
+    about = _begin(dst, plan)
     for split, index in (("train", train), ("val", val)):
         for number, name in enumerate(plan["splits"][split]["files"]):
-            done = about["parts"].get(name)
-            if done and (dst / name).exists() and (dst / name).stat().st_size == done["bytes"]:
+            if name in about["parts"]:
                 continue
             about["finished"] = False
             _write_json(path, about)
@@ -137,9 +172,3 @@ def pack(
         f"{dst}: {len(train):,} training and {len(val):,} validation pictures, {sum(part['bytes'] for part in about['parts'].values()) / 1e6:,.1f} MB"
     )
     return dst
-
-
-def _write_json(path: Path, about: dict) -> None:
-    partial = path.with_name(".pack.json.partial")
-    partial.write_text(json.dumps(about, indent=1), encoding="utf-8")
-    partial.replace(path)

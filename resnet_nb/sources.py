@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDINGS', 'WNID', 'IMAGENETTE', 'TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'Found', 'by_class', 'is_picture', 'known_titles',
            'index_folder', 'find_folders', 'find_kaggle', 'read_devkit', 'find_tars', 'find_parquet', 'list_pack',
-           'find_pack', 'find_source', 'index_data', 'make_digits', 'prepare_data']
+           'find_pack', 'find_source', 'list_data', 'index_data', 'make_digits', 'prepare_data']
 
 # %% ../nbs/05_sources.ipynb #imports
 import csv
@@ -65,7 +65,7 @@ def known_titles(data_dir: Path, keys: list[str]) -> dict[str, str]:
     "Titles of classes, by WNID: from a file beside the data, else of ImageNet's thousand and Imagenette's ten."
     for file in (data_dir / "LOC_synset_mapping.txt", data_dir / "synset_words.txt"):
         if file.exists():
-            lines = (line.partition(" ") for line in file.read_text(encoding="utf-8").splitlines())
+            lines = (line.partition(" ") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
             return {key: words.split(",")[0].strip() for key, _, words in lines}
     if len(keys) == 1000 and (min(keys), max(keys)) == ("n01440764", "n15075141"):
         code = "import json; from torchvision.models import ResNet18_Weights as W; print(json.dumps(W.IMAGENET1K_V1.meta['categories']))"
@@ -135,8 +135,13 @@ def find_kaggle(data_dir: Path) -> Found:
     if not flat.is_dir() or not any(map(is_picture, os.listdir(os.fsencode(flat)))):  # somebody has sorted them into class folders
         val, folders = index_folder(flat, data_dir)
         return Found(train, val, watched + folders)
-    with open(solution, newline="", encoding="utf-8") as file:
-        label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    try:
+        with open(solution, newline="", encoding="utf-8-sig") as file:
+            label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except (KeyError, AttributeError, IndexError):
+        raise ValueError(
+            f"{str(solution)!r} is not Kaggle's table: it needs the columns ImageId and PredictionString, both filled"
+        ) from None
     names, sizes, folders = _list_class(str(flat))
     keys = [label_of.get(os.fsdecode(name).rpartition(".")[0]) for name in names]
     if None in keys:
@@ -146,25 +151,31 @@ def find_kaggle(data_dir: Path) -> Found:
     val = make_index(flat, "flat", {key: titles.get(key, key) for key in set(keys)}, rows)
     return Found(train, val, [*watched, *folders, str(solution)])
 
-# %% ../nbs/05_sources.ipynb #find_tars
+# %% ../nbs/05_sources.ipynb #list_tar
 TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 
 
-def _members(path: str, start: int = 0) -> Iterator[tarfile.TarInfo]:
-    "The files in the tar archive that begins at byte `start` of the file `path`; their `offset_data` counts from the start of that file."
+def _members(path: str, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files in the tar archive of `size` bytes that begins at byte `start` of the file `path`; their `offset_data` counts from the start of that file.
+
+    Raises ValueError where it is damaged: tarfile takes a header that it can't read for the end."""
+    end = os.path.getsize(path) if size is None else start + size
     try:
         with open(path, "rb") as file:
             file.seek(start)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 yield from (tarfile.data_filter(member, "/nowhere") for member in archive if member.isreg())
+                file.seek(archive.offset)
+                if archive.offset >= end or any(any(file.read(min(2**20, end - at))) for at in range(archive.offset, end, 2**20)):
+                    raise tarfile.ReadError(f"damaged or cut short at byte {archive.offset:,}")
     except tarfile.TarError as error:
         raise ValueError(f"{path!r} is no tar file that can be used: {error}; download it again") from None
 
 
-def _list_tar(path: str, start: int = 0) -> tuple[list[bytes], list[int], list[int]]:
-    "Names, sizes and places in the file `path` of the pictures of the tar archive that begins at byte `start`."
+def _list_tar(path: str, start: int = 0, size: int | None = None) -> tuple[list[bytes], list[int], list[int]]:
+    "Names, sizes and places in the file `path` of the pictures of the tar archive of `size` bytes that begins at byte `start`."
     names, sizes, offsets = [], [], []
-    for member in _members(path, start):
+    for member in _members(path, start, size):
         name = os.fsencode(member.name)
         if is_picture(os.path.basename(name)):
             names.append(name)
@@ -172,7 +183,7 @@ def _list_tar(path: str, start: int = 0) -> tuple[list[bytes], list[int], list[i
             offsets.append(member.offset_data)
     return names, sizes, offsets
 
-
+# %% ../nbs/05_sources.ipynb #find_tars
 def read_devkit(path: Path) -> tuple[list[str], dict[str, str]]:
     "WNIDs of the validation pictures in the order of their numbers, and the title of each WNID."
     from scipy.io import loadmat  # only here
@@ -196,8 +207,8 @@ def find_tars(data_dir: Path) -> Found:
         raise ValueError(f"{str(data_dir)!r} has ImageNet's tar files, but no {' and no '.join(missing)}; all three are needed")
     truth, titles = read_devkit(paths[2])
     whole = str(paths[0])
-    inner = {Path(member.name).stem: member.offset_data for member in _members(whole) if member.name.endswith(".tar")}
-    lists = in_parallel(lambda start: _list_tar(whole, start), list(inner.values()), f"{TRAIN_TAR}: classes")
+    inner = {Path(member.name).stem: (member.offset_data, member.size) for member in _members(whole) if member.name.endswith(".tar")}
+    lists = in_parallel(lambda place: _list_tar(whole, *place), list(inner.values()), f"{TRAIN_TAR}: classes")
     rows = [(key, names, sizes, 0, offsets) for key, (names, sizes, offsets) in zip(inner, lists)]
     train = make_index(data_dir, "spans", {key: titles.get(key, key) for key in inner}, rows, [TRAIN_TAR])
     found = sorted(zip(*_list_tar(str(paths[1]))))
@@ -222,6 +233,8 @@ def _list_parquet(path: str) -> tuple[list[int], list[bytes], list[str]]:
     image, label = (next((name for name in names if name in columns), None) for names in (("image", "img"), ("label", "labels")))
     if not label or not {f"{image}.bytes", f"{image}.path"} <= {column.path for column in file.schema}:
         raise ValueError(f"{path!r} has columns {', '.join(columns)}; needed are image (with bytes and path) and label")
+    if not (pa.types.is_integer(kind := file.schema_arrow.field(label).type) or pa.types.is_string(kind)):
+        raise ValueError(f"{path!r} has labels of type {kind}; needed are whole numbers, or words")
     table = file.read(columns=[f"{image}.path", label])
     paths = [path or "" for path in table.column(image).combine_chunks().field("path").to_pylist()]
     about = json.loads((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
@@ -260,6 +273,9 @@ def find_parquet(data_dir: Path) -> Found:
                 wnid_of.setdefault(label, wnid[0])
     if len(set(wnid_of.values())) < len(wnid_of):
         wnid_of = {}  # the labels are something else
+    every = {label for _, lists in splits.values() for labels, *_ in lists for label in labels}
+    if label_names and (unnamed := every - set(range(len(label_names)))):
+        raise ValueError(f"{str(folder)!r} has the label {min(unnamed, key=str)!r}, and names of labels 0 to {len(label_names) - 1} only")
     name_of = lambda label: label_names[label] if label_names else str(label)
     title_of = lambda label: name_of(label).split(",")[0]  # several may be 'maillot'; their whole names differ
     key_of = lambda label: wnid_of.get(label) or name_of(label)
@@ -289,7 +305,7 @@ def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
             names += batch.column("name").to_pylist()
             sizes += np.diff(ends).tolist()
             offsets += (data.address - whole.address + ends[:-1]).tolist()
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path!r} is no whole part of a pack: {error}; pack again, into the same folder") from None
     return keys, names, sizes, offsets
 
@@ -297,6 +313,8 @@ def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
 def find_pack(data_dir: Path) -> Found:
     "A pack; raises ValueError where it is not finished."
     about = json.loads((data_dir / "pack.json").read_text(encoding="utf-8"))
+    if not {"finished", "splits", "titles", "parts"} <= about.keys():
+        raise ValueError(f"{str(data_dir / 'pack.json')!r} is not that of a pack; choose another folder")
     if not about["finished"]:
         raise ValueError(
             f"the pack {str(data_dir)!r} is not finished; run the same resnet-nb pack command again, it goes on where it stopped"
@@ -323,7 +341,8 @@ def find_source(data_dir: Path) -> Found:
         )
     if (data_dir / "pack.json").exists():
         return find_pack(data_dir)
-    if (data_dir / TRAIN_TAR).exists() or (data_dir / VAL_TAR).exists():
+    tars = [(data_dir / name).exists() for name in (TRAIN_TAR, VAL_TAR, DEVKIT)]
+    if all(tars) or (any(tars) and not (data_dir / "train").is_dir()):  # one may be left over beside unpacked folders
         return find_tars(data_dir)
     if (data_dir / "LOC_val_solution.csv").exists():
         return find_kaggle(data_dir)
@@ -332,17 +351,24 @@ def find_source(data_dir: Path) -> Found:
     return find_folders(data_dir)
 
 
+def list_data(data_dir: str | Path) -> Found:
+    "Look at the data itself, and keep its indexes where they can serve a run."
+    data_dir, now = Path(data_dir).absolute(), time.time()
+    found = find_source(data_dir)
+    if found.train.classes == found.val.classes:
+        keep_index(data_dir, {"train": found.train, "val": found.val}, found.watched, now)
+    return found
+
+
 def index_data(data_dir: str | Path) -> tuple[Index, Index]:
     "Indexes of the training and validation pictures in `data_dir`, kept or built; raises ValueError where they can't serve a run."
-    data_dir, now = Path(data_dir), time.time()
     kept = kept_index(data_dir)
     if not kept:
-        train, val, watched = find_source(data_dir)
+        train, val, _ = list_data(data_dir)
         if extra := sorted(set(val.classes) - set(train.classes)):
             raise ValueError(f"val has {len(extra)} classes that train has not, {extra[0]!r} for one; both need the same classes")
         if missing := sorted(set(train.classes) - set(val.classes)):
             raise ValueError(f"train has {len(missing)} classes that val has not, {missing[0]!r} for one; both need the same classes")
-        keep_index(data_dir, {"train": train, "val": val}, watched, now)
         kept = kept_index(data_dir) or {"train": train, "val": val}  # mapped into memory, where they could be kept
     return kept["train"], kept["val"]
 
@@ -382,9 +408,10 @@ def prepare_data(dataset: str, data_dir: str | Path) -> None:
     elif dataset == "imagenette" and data_dir.name == "imagenette2-320" and not data_dir.exists():
         from torchvision.datasets import Imagenette  # only here: importing it takes seconds
 
-        partial = data_dir.parent / ".imagenette.partial"  # a download that was cut short must not pass for the data set
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        data_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(
+            tempfile.mkdtemp(prefix=".imagenette-", dir=data_dir.parent)
+        )  # one that was cut short must not pass for the data set
         try:
             Imagenette(partial, split="train", size="320px", download=True)
             (partial / data_dir.name).rename(data_dir)

@@ -62,6 +62,8 @@ def _opened(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise ValueError("it is no picture") from None
+    except Image.DecompressionBombError as error:  # pillow has a limit of its own, and looks first
+        raise TooLarge(str(error)) from None
 
 
 def read_size(data: bytes) -> tuple[int, int]:
