@@ -240,6 +240,7 @@ def check_data(data_dir: str | Path) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".check-{os.getpid()}.json"
     partial.touch()  # where nothing can be written, that is better known now than at the end
+    partial.unlink()
     found = list_data(data_dir)  # anew: a picture that was replaced in place changes no folder
     indexes = {"train": found.train, "val": found.val}
     checked = {split: check_split(index, split) for split, index in indexes.items()}
