@@ -204,12 +204,6 @@ def about_dir(data_dir: str | Path) -> Path:
     return project_root() / "data" / "about" / f"{data_dir.name}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:8]}"
 
 
-def _load_arrays(folder: Path, split: str, layout: str) -> dict[str, np.ndarray]:
-    names = ARRAYS if layout in ("spans", "rows") else ARRAYS[:-2]
-    # np.memmap is slower to index than the plain array over the same pages
-    return {name: np.asarray(np.load(folder / f"{split}-{name}.npy", mmap_mode="r")) for name in names}
-
-
 def _state(paths: Iterable[str]) -> list[list]:
     "Of every path: itself, its modification time in ns, its size (of folders: 0)."
     found = []
@@ -259,6 +253,12 @@ def keep_index(data_dir: str | Path, splits: dict[str, Index], watched: Iterable
         pass  # a full disk, or another process was faster
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+# %% ../nbs/04_index.ipynb #kept_index
+def _load_arrays(folder: Path, split: str, layout: str) -> dict[str, np.ndarray]:
+    names = ARRAYS if layout in ("spans", "rows") else ARRAYS[:-2]
+    # np.memmap is slower to index than the plain array over the same pages
+    return {name: np.asarray(np.load(folder / f"{split}-{name}.npy", mmap_mode="r")) for name in names}
 
 
 def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
