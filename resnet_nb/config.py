@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Size', 'Share', 'Positive', 'RECIPES', 'HARDWARE', 'Numerics', 'NAME', 'nearest', 'Strict', 'checked', 'Recipe',
-           'Hardware', 'Parameters', 'RunConfig', 'project_root', 'find_data_dir', 'resolve', 'read_parameters']
+           'Hardware', 'Parameters', 'RunConfig', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
 import os
 import re
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -46,22 +45,24 @@ def checked(model: type[Strict], values: Mapping) -> Strict:
             message = error["msg"].removeprefix("Value error, ")
         raise ValueError(message) from None
 
-# %% ../nbs/00_config.ipynb #Recipe
+# %% ../nbs/00_config.ipynb #field-types
 Size = Annotated[int, Field(ge=8, le=1024)]  # side of a square picture, px
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 
-
+# %% ../nbs/00_config.ipynb #Recipe
 class Recipe(Strict):
     "What is learned. Fields without a default have no sensible one."
 
     dataset: Literal["digits", "imagenette", "imagenet"]  # decides where pictures are looked for
     arch: str  # name of a torchvision classification model
     epochs: int = Field(ge=1)  # passes over the training set
-    image_sizes: tuple[Size, ...] = Field(min_length=1)  # px, one for each equal part of the epochs; of more sizes than epochs the last
+    image_sizes: tuple[Size, ...] = Field(
+        min_length=1
+    )  # px; the epochs are cut into as many equal parts; with fewer epochs than sizes the last sizes count
     val_resize: float = Field(1.0, ge=1, le=2)  # short side before the centre crop, in units of the crop
-    num_shards: int = Field(ge=1)  # shards in a global batch
-    shard_size: int = Field(ge=2)  # pictures in a shard, at most; BatchNorm's statistics stay inside it
+    num_microbatches: int = Field(ge=1)  # microbatches in a global batch
+    microbatch_size: int = Field(ge=2)  # pictures in a microbatch, at most; BatchNorm's statistics stay inside it
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)  # SGD with Nesterov where it is > 0
     peak_lr: Positive  # learning rate at its highest, for the global batch
@@ -76,15 +77,17 @@ class Recipe(Strict):
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a random crop
     flip: Share = 0.5  # probability of a left-right mirror image
     bad_pictures: Literal["fail", "skip-listed"] = "fail"  # skip-listed: leave out what `resnet-nb check data` has listed
-    mixup_alpha: float = Field(0.0, ge=0)  # Beta distribution's parameter of mixup within a shard; 0: none
-    cutmix_alpha: float = Field(0.0, ge=0)  # the same of CutMix; where both are set, each has half of the shards
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # of an average of the weights, a step, which validation then uses; 0: none
+    mixup_alpha: float = Field(0.0, ge=0)  # Beta distribution's parameter of mixup within a microbatch; 0: none
+    cutmix_alpha: float = Field(0.0, ge=0)  # the same of CutMix; where both are set, each has half of the microbatches
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1
+    )  # share that an average of the weights keeps at each step; validation uses the average; 0: none
     expected_acc: Share | None = None  # validation accuracy that a whole run reaches, where it has been measured
 
     @property
     def global_batch_size(self) -> int:
         "Pictures in an optimizer step, over all ranks."
-        return self.num_shards * self.shard_size
+        return self.num_microbatches * self.microbatch_size
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -98,17 +101,17 @@ class Recipe(Strict):
 RECIPES = {
     "digits": Recipe(
         dataset="digits", arch="resnet18", epochs=12, image_sizes=(16, 24, 32, 32, 32, 32),
-        num_shards=8, shard_size=24, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 6,
+        num_microbatches=8, microbatch_size=24, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 6,
         label_smoothing=0.1, crop_scale=(0.85, 1.0), crop_ratio=(0.9, 1.1), flip=0.0, expected_acc=0.97,
     ),
     "imagenette": Recipe(
         dataset="imagenette", arch="resnet18", epochs=20, image_sizes=(96, 128, 160), val_resize=8 / 7,
-        num_shards=8, shard_size=16, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 10,
+        num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 10,
         label_smoothing=0.1, crop_scale=(0.25, 1.0),
     ),
     "imagenet": Recipe(
         dataset="imagenet", arch="resnet50", epochs=60, image_sizes=(128, 160, 192, 224), val_resize=8 / 7,
-        num_shards=8, shard_size=128, peak_lr=0.4, weight_decay=1e-4, warmup_ratio=5 / 60,
+        num_microbatches=8, microbatch_size=128, peak_lr=0.4, weight_decay=1e-4, warmup_ratio=5 / 60,
         label_smoothing=0.1,
     ),
 }  # fmt: skip
@@ -121,8 +124,8 @@ class Hardware(Strict):
     devices: int = Field(ge=1)  # processes, each with one device (for cpu: processes)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False  # memory format of pictures and weights
-    num_workers: int = Field(ge=0)  # data loading processes a rank
-    num_threads: int | None = Field(None, ge=1)  # CPU threads a rank; None: an even share of the cores, 1 for exact numerics
+    num_workers: int = Field(ge=0)  # data loading processes per rank
+    num_threads: int | None = Field(None, ge=1)  # CPU threads per rank; None: an even share of the cores, 1 for exact numerics
     default_recipe: str = "digits"  # what this profile trains when nothing is named
 
     @model_validator(mode="after")
@@ -145,7 +148,7 @@ HARDWARE = {
 }
 
 # %% ../nbs/00_config.ipynb #Parameters
-Numerics = Literal["stream", "close", "exact"]
+Numerics = Literal["close", "exact"]
 
 
 class Parameters(Strict):
@@ -174,6 +177,7 @@ class RunConfig(Strict):
     data_dir: str  # absolute path of the folder that holds train/ and val/
     seed: int
     numerics: Numerics
+    stream_version: int  # of the draws that decide which pictures it learns from
     parameters: Parameters  # as given
 
     @property
@@ -182,9 +186,9 @@ class RunConfig(Strict):
         return self.hardware.devices
 
     @property
-    def shards_per_rank(self) -> int:
+    def microbatches_per_rank(self) -> int:
         "Forward and backward passes of one rank in an optimizer step."
-        return self.recipe.num_shards // self.world_size
+        return self.recipe.num_microbatches // self.world_size
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -196,11 +200,11 @@ class RunConfig(Strict):
             raise ValueError(
                 "numerics=exact can't hold gradients under fp16's loss scale; use precision 32-true or bf16-mixed, or numerics=close"
             )
-        shards, world_size = self.recipe.num_shards, self.world_size
-        if shards % world_size:
-            fits = [str(n) for n in range(1, shards + 1) if shards % n == 0]
+        count, world_size = self.recipe.num_microbatches, self.world_size
+        if count % world_size:
+            fits = [str(n) for n in range(1, count + 1) if count % n == 0]
             raise ValueError(
-                f"num_shards={shards} cannot be shared evenly by {world_size} devices; use {', '.join(fits[:-1])} or {fits[-1]} devices"
+                f"num_microbatches={count} cannot be shared evenly by {world_size} devices; use {' or '.join(', '.join(fits).rsplit(', ', 1))} devices"
             )
         return self
 
@@ -211,56 +215,3 @@ def project_root() -> Path:
         return Path(home).expanduser().resolve()
     checkout = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
     return checkout if (checkout / "settings.ini").exists() else Path.cwd()
-
-
-def find_data_dir(dataset: str, data_dir: str = "") -> Path:
-    "Where the pictures of `dataset` are looked for: as given, else $DATASET_DIR, else the project's data folder."
-    given = data_dir or os.environ.get(f"{dataset.upper()}_DIR", "")
-    if given:
-        return Path(given).expanduser().resolve()
-    folders = {"digits": "digits", "imagenette": "imagenette2-320", "imagenet": "imagenet"}
-    return project_root() / "data" / folders[dataset]
-
-# %% ../nbs/00_config.ipynb #resolve
-def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
-    "The run that `parameters` ask for; raises ValueError for anything unknown, mistyped or out of range."
-    p = parameters
-    if p.hw not in HARDWARE:
-        raise ValueError(f"unknown hw {p.hw!r}; {nearest(p.hw, HARDWARE)}")
-    recipe_name = p.recipe or HARDWARE[p.hw].default_recipe
-    if recipe_name not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe_name!r}; {nearest(recipe_name, RECIPES)}")
-    fields = Recipe.model_fields.keys() | Hardware.model_fields.keys()
-    if unknown := [field for field in p.overrides if field not in fields]:
-        raise ValueError(f"unknown field {unknown[0]!r} in overrides; {nearest(unknown[0], fields)}")
-
-    def overridden(model, base):
-        return checked(model, base.model_dump() | {k: v for k, v in p.overrides.items() if k in model.model_fields})
-
-    recipe = overridden(Recipe, RECIPES[recipe_name])
-    stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}"
-    return checked(RunConfig, {
-        "name": p.name or f"{recipe_name}-{p.hw}-{stamp}",
-        "recipe_name": recipe_name, "recipe": recipe,
-        "hw": p.hw, "hardware": overridden(Hardware, HARDWARE[p.hw]),
-        "data_dir": str(find_data_dir(recipe.dataset, p.data_dir)),
-        "seed": p.seed, "numerics": p.numerics, "parameters": p,
-    })  # fmt: skip
-
-# %% ../nbs/00_config.ipynb #read_parameters
-def read_parameters(namespace: dict[str, Any]) -> Parameters:
-    "The parameters among a notebook's names; raises ValueError for a plain value under any other name."
-    plain = (str, int, float, list, dict, type(None))
-    names = Parameters.model_fields
-    first = not namespace.setdefault("_parameters_are_read", False)  # later the notebook has names of its own
-    namespace["_parameters_are_read"] = True
-    for name, value in namespace.items() if first else ():
-        if isinstance(value, plain) and name not in names and name not in ("In", "Out") and not name.startswith("_"):
-            raise ValueError(f"unknown parameter {name!r}; {nearest(name, names)}")
-    given = {name: namespace[name] for name in names if name in namespace}
-    for name in ("hw", "recipe", "name", "data_dir"):
-        if not isinstance(given.get(name, ""), str):
-            raise ValueError(
-                f"{name}={given[name]!r} arrived as a {type(given[name]).__name__}; pass text as it stands with: -r {name} VALUE"
-            )
-    return checked(Parameters, given)

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from resnet_nb import launch
-from resnet_nb.config import Parameters, resolve
-from resnet_nb.sources import make_digits
+from resnet_nb.config import Parameters
+from resnet_nb.data.splits import make_digits
+from resnet_nb.run import launch
+from resnet_nb.run.plan import resolve
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts pytest in the background has it ignored, by children too
 
 # resnet18 on 96 + 23 digits: 23 validation pictures share out evenly over neither 2 ranks nor batches of 6
 SMALL = {
-    "epochs": 3, "image_sizes": [16, 24, 32], "num_shards": 4, "shard_size": 6, "peak_lr": 0.01, "num_workers": 0, "num_threads": 1,
+    "epochs": 3, "image_sizes": [16, 24, 32], "num_microbatches": 4, "microbatch_size": 6, "peak_lr": 0.01, "num_workers": 0, "num_threads": 1,
 }  # fmt: skip
 STEPS = 4  # optimizer steps in an epoch of SMALL
 NUM_VAL = 23

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from conftest import SMALL
 
-from resnet_nb.runs import all_rows, read_status
+from resnet_nb.run.folder import all_rows, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -115,10 +115,10 @@ BAD = {
     "overrides={epochs: 0}": "epochs=0: input should be greater than or equal to 1",
     "overrides={peak_lr: -1}": "peak_lr=-1: input should be greater than 0",
     "overrides={epoch: 3}": "unknown field 'epoch' in overrides; did you mean 'epochs'?",
-    "overrides={devices: 3, accelerator: cpu}": "num_shards=8 cannot be shared evenly by 3 devices; use 1, 2, 4 or 8",
+    "overrides={devices: 3, accelerator: cpu}": "num_microbatches=8 cannot be shared evenly by 3 devices; use 1, 2, 4 or 8",
     "overrides={arch: resnet19}": "unknown arch 'resnet19'; did you mean 'resnet1",
     "overrides={arch: vit_b_16, image_sizes: [64]}": "arch 'vit_b_16' can't take pictures of 64 px",
-    "overrides={num_shards: 1024}": "1437 training pictures leave fewer than 2 for each of 1024 shards",
+    "overrides={num_microbatches: 1024}": "1437 training pictures leave fewer than 2 for each of 1024 shards",
     "data_dir=/no/such/folder": "data_dir '/no/such/folder' is not a folder",
     "data_dir=EMPTY": "has no pictures; add some or remove it",
 }
@@ -186,8 +186,8 @@ IMAGENETTE = os.environ.get("IMAGENETTE_DIR", "")
 @pytest.mark.skipif(not IMAGENETTE, reason="needs real photos: set IMAGENETTE_DIR to imagenette's class folders")
 def test_real_photos_are_found_and_decoded():
     from resnet_nb.config import RECIPES
-    from resnet_nb.sources import index_data
-    from resnet_nb.transforms import load_train
+    from resnet_nb.data.splits import index_data
+    from resnet_nb.data.transforms import load_train
 
     train, val = index_data(IMAGENETTE)
     assert (len(train), len(val), len(train.classes)) == (9469, 3925, 10)

@@ -16,16 +16,18 @@ from click.testing import CliRunner
 from PIL import Image
 from torchvision import transforms as T
 
-from resnet_nb import launch, transforms
-from resnet_nb.check import check_data
 from resnet_nb.cli import main
-from resnet_nb.datamodule import ImageNetDataModule, PictureLoader, Pictures, resize
-from resnet_nb.index import about_dir, fingerprint
-from resnet_nb.pack import pack
-from resnet_nb.runs import read_json, read_rows
+from resnet_nb.data import transforms
+from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages, KeyedLoader, torch_resize
+from resnet_nb.data.index import cache_dir, fingerprint
+from resnet_nb.data.inspect import inspect_data
+from resnet_nb.data.pack import pack
+from resnet_nb.data.splits import index_data
+from resnet_nb.data.transforms import decode, draw_crop, eval_picture, train_picture
+from resnet_nb.files import read_json
+from resnet_nb.run import launch, plan
+from resnet_nb.run.folder import read_rows
 from resnet_nb.seed import seed_key
-from resnet_nb.sources import index_data
-from resnet_nb.transforms import decode, draw_crop, eval_picture, train_picture
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -72,9 +74,9 @@ def test_pixels_of_a_crop_are_torchvisions():
     crop = draw_crop(seed_key(1, 2), 300, 200, SCALE, RATIO, 1.0)
     theirs = T.functional.hflip(T.functional.resized_crop(image, crop.top, crop.left, crop.height, crop.width, [64, 64]))
     assert (train_picture(np.array(image), crop, 64) == np.asarray(theirs)).all()
-    by_torch = train_picture(np.array(image), crop, 64, resize).astype(int)
+    by_torch = train_picture(np.array(image), crop, 64, torch_resize).astype(int)
     assert np.abs(by_torch - np.asarray(theirs)).max() <= 1
-    assert np.abs(train_picture(np.array(image), crop._replace(flip=False), 64, resize).astype(int) - np.asarray(theirs)).max() > 1
+    assert np.abs(train_picture(np.array(image), crop._replace(flip=False), 64, torch_resize).astype(int) - np.asarray(theirs)).max() > 1
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (224, 224), (90, 400)])
@@ -129,14 +131,14 @@ def test_bad_pictures_that_are_listed_are_left_out_and_named(data, home, make_co
     name = f"1/{victim.name}"
     config = make_config("leaves-out", "local", data_dir=damaged, bad_pictures="skip-listed", epochs=1)
     with pytest.raises(ValueError, match="there is no check of this data as it is now; run resnet-nb check data"):
-        launch.check(config)
-    check_data(damaged)
+        plan.validate(config)
+    inspect_data(damaged)
     with pytest.raises(ValueError, match=f"1 pictures can't be trained on, '{name}' for one"):
-        launch.check(make_config("fails", "local", data_dir=damaged))
+        plan.validate(make_config("fails", "local", data_dir=damaged))
     manifest = read_json(launch.train(config) / "manifest.json")
     assert manifest["data"]["train_pictures"] == 95
-    assert manifest["attempts"][0]["data_check"]["left_out"] == {"train": [name], "val": []}
-    assert len(manifest["attempts"][0]["data_check"]["content_sha256"]["train"]) == 64
+    assert manifest["attempts"][0]["inspection"]["left_out"] == {"train": [name], "val": []}
+    assert len(manifest["attempts"][0]["inspection"]["content_sha256"]["train"]) == 64
 
 
 # --- data workers ------------------------------------------------------------------------------------------------------
@@ -151,9 +153,9 @@ def test_spawned_data_workers_see_the_same_pictures(data, make_config, room):
     datamodule = ImageNetDataModule(make_config("spawned"))
     datamodule.setup()
     here = list(datamodule.train_dataloader())
-    pictures, sampler = Pictures(datamodule.train_index, datamodule.config, train=True), datamodule.train_sampler()
-    assert equal(PictureLoader(pictures, sampler, 2, room, multiprocessing_context="spawn"), here)  # as on macOS
-    assert not equal(PictureLoader(pictures, sampler, 0), here[1:] + here[:1])
+    pictures, sampler = KeyedImages(datamodule.train_index, datamodule.config, train=True), datamodule.train_sampler()
+    assert equal(KeyedLoader(pictures, sampler, 2, room, multiprocessing_context="spawn"), here)  # as on macOS
+    assert not equal(KeyedLoader(pictures, sampler, 0), here[1:] + here[:1])
 
 
 def test_too_little_shared_memory_is_one_clear_sentence(data, make_config, monkeypatch):
@@ -178,7 +180,7 @@ def said(*words):
 def test_check_data_makes_a_page_and_has_an_exit_code(data, home):
     code, output = said("check", "data", data)
     assert code == 0 and "healthy" in output
-    page = json.loads((about_dir(data) / "check.ipynb").read_text(encoding="utf-8"))
+    page = json.loads((cache_dir(data) / "check.ipynb").read_text(encoding="utf-8"))
     outputs = [output for cell in page["cells"] for output in cell.get("outputs", [])]
     assert any("image/png" in output.get("data", {}) for output in outputs)
     copy = shutil.copytree(data, home / "to be damaged")
@@ -227,7 +229,7 @@ def test_a_kept_index_is_dropped_when_the_data_changes(data, home):
     for folder in (copy / "train", copy / "val", *copy.glob("*/*")):
         os.utime(folder, (time.time() - 60, time.time() - 60))
     train, _ = index_data(copy)
-    (kept,) = about_dir(copy).glob("index-*")
+    (kept,) = cache_dir(copy).glob("index-*")
     written = (kept / "state.json").stat().st_mtime_ns
     assert fingerprint(index_data(copy)[0]) == fingerprint(train)
     assert (kept / "state.json").stat().st_mtime_ns == written  # not built again

@@ -5,9 +5,11 @@ import subprocess
 import pytest
 from click.testing import CliRunner
 
-from resnet_nb import cli, launch
-from resnet_nb.checkpoints import checkpoints
-from resnet_nb.runs import create_run, lock_run, read_json, read_rows, write_json
+from resnet_nb import cli
+from resnet_nb.files import read_json, write_json
+from resnet_nb.run import launch
+from resnet_nb.run.checkpoints import checkpoints
+from resnet_nb.run.folder import create_run, lock_run, read_rows
 
 SHORT = {"epochs": 2, "image_sizes": [16, 24], "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "ema_decay": 0.9}
 
@@ -99,11 +101,13 @@ def test_stopped_in_mid_epoch_and_resumed_on_another_world_size_is_the_same(make
     assert validation(run_dir) == validation(reference)
 
 
-# Where a rank kills itself, in its second epoch: a patch of the worker, run instead of `-m resnet_nb.worker`
+# Where a rank kills itself, in its second epoch: a patch of the worker, run instead of `-m resnet_nb.run.worker`
 KILL = """
 import functools, os, signal, sys
 import torch
-from resnet_nb import callbacks, checkpoints, datamodule, module, numerics, worker
+from resnet_nb.data import datamodule
+from resnet_nb.learn import module, numerics
+from resnet_nb.run import checkpoints, stopping, worker
 
 def dying(owner, name, when, after=False):
     whole = getattr(owner, name)
@@ -126,19 +130,19 @@ def nth(n):
         return calls > n
     return when
 
-at, steps_before, shards = sys.argv[2], 5, int(sys.argv[3])
+at, steps_before, microbatches = sys.argv[2], 5, int(sys.argv[3])
 if at == "data wait":
-    dying(datamodule.Pictures, "__getitems__", lambda self, keys: self.train and keys[0].epoch == 1)
+    dying(datamodule.KeyedImages, "__getitems__", lambda self, keys: self.train and keys[0].epoch == 1)
 if at == "forward":
-    dying(module.ResNetModule, "training_step", nth(steps_before * shards + 1))
+    dying(module.ResNetModule, "training_step", nth(steps_before * microbatches + 1))
 if at == "gradient sum":
     dying(numerics.GradientSum, "write_mean", nth(steps_before))
 if at == "optimizer step":
     dying(torch.optim.SGD, "step", nth(steps_before), after=True)
 if at == "checkpoint write":
-    dying(callbacks, "commit_checkpoint", lambda run_dir, step, about: step == 8)
+    dying(stopping, "commit_checkpoint", lambda run_dir, step, about: step == 8)
 if at == "after its rename":
-    dying(checkpoints, "write_file", lambda path, text: path.name == "LATEST" and "8" in text)
+    dying(stopping, "rotate", lambda run_dir, best_step: (run_dir / "checkpoints/step-00000008").exists())
 sys.exit(worker.main(sys.argv[1]))
 """
 PLACES = {"data wait": 1, "forward": 2, "gradient sum": 2, "optimizer step": 1, "checkpoint write": 2, "after its rename": 1}

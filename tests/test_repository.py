@@ -149,7 +149,7 @@ def cycle(table: dict[str, set[str]]) -> set[str]:
 
 def test_modules_import_what_the_table_says():
     assert {path.stem: arrows(path.read_text(encoding="utf-8")) for path in MODULES} == ARROWS
-    lines = ("from resnet_nb.worker import main", "from . import cli", "from .plots import save_plot", "import resnet_nb.runs")
+    lines = ("from resnet_nb.run.worker import main", "from . import cli", "from .plots import save_plot", "import resnet_nb.run.folder")
     assert arrows("def f():\n    " + "\n    ".join(lines)) == {"worker", "cli", "plots", "runs"}
     assert arrows("import torch\nfrom math import pi\n") == set()
 
@@ -161,7 +161,7 @@ def test_imports_have_no_cycle():
 
 def test_launch_reaches_the_worker_only_by_command_line():
     text = (PACKAGE / "launch.py").read_text(encoding="utf-8")
-    assert "resnet_nb.worker" in text
+    assert "resnet_nb.run.worker" in text
     assert "worker" not in arrows(text)
     assert "worker" in arrows(text + "\nfrom .worker import main\n")
     assert all(ARROWS[name] <= KERNEL_SIDE for name in KERNEL_SIDE)
@@ -275,7 +275,9 @@ def test_exported_cells_have_readable_ids(path):
 
 def test_made_up_ids_are_told_from_readable_ones():
     made = ["a3f0c1d2", "07637414", "a3f0c1d2-19f4-4d7e-9a51-0f3b2c4d5e6f", ""]
-    assert [is_readable(name) for name in ("imports", "epoch_order", "ShardSampler", "train-command", *made)] == [True] * 4 + [False] * 4
+    assert [is_readable(name) for name in ("imports", "epoch_order", "MicrobatchSampler", "train-command", *made)] == [True] * 4 + [
+        False
+    ] * 4
     assert directives(code_cell("#| export\nx = 1"), "export") and not directives(code_cell("x = 1  # export"), "export")
 
 

@@ -7,9 +7,12 @@ import pytest
 from conftest import NUM_VAL, SMALL, STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from resnet_nb import launch
-from resnet_nb.config import Parameters, resolve
-from resnet_nb.runs import all_rows, read_json, read_rows, read_status
+from resnet_nb.config import Parameters
+from resnet_nb.data.sampler import steps_per_epoch
+from resnet_nb.files import read_json
+from resnet_nb.run import launch
+from resnet_nb.run.folder import all_rows, read_rows, read_status
+from resnet_nb.run.plan import resolve, validate
 from resnet_nb.schedule import lr_at
 
 
@@ -87,7 +90,7 @@ def test_the_run_folder_is_complete(two):
     assert not [path for path in two.rglob("*") if path.name.endswith((".tmp", ".partial"))]
     status = read_status(two)
     assert status["status"] == "completed" and status["best"]["val/acc"] == max(values(two, "val", "val/acc"))
-    assert "ShardBatchNorm2d" in (two / "model_info.txt").read_text()
+    assert "GhostBatchNorm2d" in (two / "model_info.txt").read_text()
     summary = read_json(two / "metrics.json")
     assert [row["epoch"] for row in summary["val"]] == [0, 1, 2]
     manifest = read_json(two / "manifest.json")
@@ -117,6 +120,7 @@ def test_another_recipe_under_the_same_name_is_refused(one, make_config):
 
 def test_small_is_what_the_tests_think(make_config, data):
     config = make_config("small")
-    train, val = launch.check(config)
-    assert (len(train), len(val), launch.steps_per_epoch(config, train)) == (96, NUM_VAL, STEPS)
+    train, val = validate(config)
+    steps = steps_per_epoch(len(train), config.recipe.num_microbatches, config.recipe.microbatch_size)
+    assert (len(train), len(val), steps) == (96, NUM_VAL, STEPS)
     assert config.recipe.epochs == SMALL["epochs"] and resolve(Parameters()).recipe.epochs != SMALL["epochs"]

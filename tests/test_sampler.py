@@ -3,32 +3,32 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resnet_nb.sampler import PAD, EvalSampler, ShardSampler
+from resnet_nb.data.sampler import PAD, EvalSampler, MicrobatchSampler
 
 
 def keys(sampler):
-    return [[tuple(key) for key in shard] for shard in sampler]
+    return [[tuple(key) for key in microbatch] for microbatch in sampler]
 
 
-def sampler(num_samples, num_shards, shard_size, seed=0, **kw):
-    return ShardSampler(num_samples, num_shards, shard_size, seed, size_at=lambda epoch: 32 + epoch, **kw)
+def sampler(num_samples, num_microbatches, microbatch_size, seed=0, **kw):
+    return MicrobatchSampler(num_samples, num_microbatches, microbatch_size, seed, size_at=lambda epoch: 32 + epoch, **kw)
 
 
 @st.composite
 def sizes(draw):
-    num_shards, shard_size = draw(st.sampled_from([1, 2, 4, 6, 8, 12])), draw(st.integers(2, 9))
-    # enough that a shard has two pictures, however the last step is filled
-    return draw(st.integers(2 * num_shards * 2, 400)), num_shards, max(4, shard_size)
+    num_microbatches, microbatch_size = draw(st.sampled_from([1, 2, 4, 6, 8, 12])), draw(st.integers(2, 9))
+    # enough that a microbatch has two pictures, however the last step is filled
+    return draw(st.integers(2 * num_microbatches * 2, 400)), num_microbatches, max(4, microbatch_size)
 
 
 def by_step(size, world_size, global_step, **kw):
-    """All shards of an epoch's rest, in the order of steps, over all ranks."""
+    """All microbatches of an epoch's rest, in the order of steps, over all ranks."""
     ranks, each = [], size[1] // world_size
     for rank in range(world_size):
         of_rank = sampler(*size, rank=rank, world_size=world_size, **kw)
         of_rank.seek(global_step)
         ranks.append(keys(of_rank))
-    return [shard for at in range(0, len(ranks[0]), each) for rank in ranks for shard in rank[at : at + each]]
+    return [microbatch for at in range(0, len(ranks[0]), each) for rank in ranks for microbatch in rank[at : at + each]]
 
 
 @settings(deadline=None)
@@ -36,14 +36,16 @@ def by_step(size, world_size, global_step, **kw):
 def test_shards_of_any_world_size_partition_the_epoch(size, world_size, seed, epoch):
     world_size = world_size if size[1] % world_size == 0 else 1
     start = epoch * sampler(*size).steps_per_epoch
-    shards = by_step(size, world_size, start, seed=seed)
-    assert sorted(key[1] for shard in shards for key in shard) == list(range(size[0]))  # every picture once
-    assert {len(shard) for shard in shards} <= {size[0] // len(shards), size[0] // len(shards) + 1}
-    assert max(map(len, shards)) <= size[2]
-    assert {key[0] for shard in shards for key in shard} == {epoch} and {key[2] for shard in shards for key in shard} == {32 + epoch}
-    assert shards == by_step(size, 1, start, seed=seed)
+    microbatches = by_step(size, world_size, start, seed=seed)
+    assert sorted(key[1] for microbatch in microbatches for key in microbatch) == list(range(size[0]))  # every picture once
+    assert {len(microbatch) for microbatch in microbatches} <= {size[0] // len(microbatches), size[0] // len(microbatches) + 1}
+    assert max(map(len, microbatches)) <= size[2]
+    assert {key[0] for microbatch in microbatches for key in microbatch} == {epoch} and {
+        key[2] for microbatch in microbatches for key in microbatch
+    } == {32 + epoch}
+    assert microbatches == by_step(size, 1, start, seed=seed)
     if size[0] > 20:  # two random orders of more than twenty are never the same
-        assert shards != by_step(size, 1, start, seed=seed + 1)
+        assert microbatches != by_step(size, 1, start, seed=seed + 1)
 
 
 @settings(deadline=None)

@@ -12,9 +12,10 @@ from conftest import STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from resnet_nb import launch
-from resnet_nb.checkpoints import checkpoints
-from resnet_nb.runs import all_rows, lock_run, read_json, read_rows, read_status, run_path, write_json
+from resnet_nb.files import read_json, write_json
+from resnet_nb.run import launch
+from resnet_nb.run.checkpoints import checkpoints
+from resnet_nb.run.folder import all_rows, lock_run, read_rows, read_status, run_path
 
 
 def wait_for(what, seconds=90):
@@ -115,7 +116,7 @@ def test_a_resumed_run_has_one_graph_and_no_step_twice_in_tensorboard(stopped):
 SHUFFLED = """
 import sys
 import lightning as L
-from resnet_nb import worker
+from resnet_nb.run import worker
 whole = L.Trainer
 L.Trainer = lambda **kw: whole(**kw | {"callbacks": kw["callbacks"][::-1]})
 sys.exit(worker.main(sys.argv[1]))
@@ -137,12 +138,12 @@ def test_the_order_of_callbacks_changes_no_file(make_config, tmp_path, one):
 
 
 def kill_a_rank(run_dir):
-    ranks = [line for line in processes_of(run_dir) if "-m resnet_nb.worker" in line and "torch.distributed" not in line]
+    ranks = [line for line in processes_of(run_dir) if "-m resnet_nb.run.worker" in line and "torch.distributed" not in line]
     os.kill(int(ranks[1].split()[0]), signal.SIGKILL)  # in order of age: two ranks, then their data workers
 
 
 def test_a_rank_killed_before_any_checkpoint_ends_the_launch(make_config):
-    run_dir = launch.start(make_config("killed", epochs=40, image_sizes=[32], shard_size=24))
+    run_dir = launch.start(make_config("killed", epochs=40, image_sizes=[32], microbatch_size=24))
     wait_for(lambda: epochs_begun(run_dir) >= 1)
     kill_a_rank(run_dir)
     with pytest.raises(launch.RunFailed, match=r"killed by SIGKILL \(exit code -9\)"):
@@ -184,7 +185,8 @@ def test_other_data_under_the_same_name_is_refused(make_config, data, tmp_path, 
 
 WRONG_SIZE = """
 import sys
-from resnet_nb import datamodule, worker
+from resnet_nb.data import datamodule
+from resnet_nb.run import worker
 planned = datamodule.ImageNetDataModule.size_at
 datamodule.ImageNetDataModule.size_at = lambda self, epoch: 40 if self.trainer and self.trainer.global_rank == 1 else planned(self, epoch)
 sys.exit(worker.main(sys.argv[1]))
@@ -208,7 +210,7 @@ def test_ranks_stop_when_their_starter_is_killed(make_config):
     run_dir = launch.start(config)
     wait_for(lambda: epochs_begun(run_dir) >= 1)
     for line in processes_of(run_dir):
-        if "resnet_nb.launch" in line or "torch.distributed.run" in line:
+        if "resnet_nb.run.launch" in line or "torch.distributed.run" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
     wait_for(lambda: not processes_of(run_dir), 60)
     status = read_status(run_dir)
@@ -220,12 +222,8 @@ def test_a_signal_stops_ranks_together(make_config):
     config = make_config("signalled", epochs=40, image_sizes=[32])
     run_dir = launch.start(config)
     wait_for(lambda: epochs_begun(run_dir) >= 1)
-    supervisor = next(line for line in processes_of(run_dir) if "resnet_nb.launch" in line)
+    supervisor = next(line for line in processes_of(run_dir) if "resnet_nb.run.launch" in line)
     os.kill(int(supervisor.split()[0]), signal.SIGTERM)
     status = launch.follow(run_dir)
     assert status["status"] == "stopped" and "SIGTERM" in status["reason"]
     assert not processes_of(run_dir)
-
-
-def test_python_is_the_one_of_the_tests():
-    assert launch.command(launch.Path("x"), 1)[0] == sys.executable

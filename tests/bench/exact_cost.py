@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/bench/exact_cost.py DATA_DIR [ROUNDS]
 
-Two CPU processes, resnet18, 96 px, four shards of 16 a rank and step, the same pictures for all. Plain DDP has torchvision's own BatchNorm and its
+Two CPU processes, resnet18, 96 px, four microbatches of 16 a rank and step, the same pictures for all. Plain DDP has torchvision's own BatchNorm and its
 buffers broadcast as by default. Rounds take turns, so that a noisy machine is noisy for all.
 """
 
@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from resnet_nb.config import Parameters, resolve
+from resnet_nb.config import Parameters
+from resnet_nb.run.plan import resolve
 
 KINDS, STEPS, WARMUP = ("plain", "close", "exact"), 8, 2
 
@@ -28,10 +29,10 @@ def rank(kind: str, run_dir: Path) -> None:
     import torchvision
     from lightning.pytorch.strategies import DDPStrategy
 
-    from resnet_nb import worker
-    from resnet_nb.datamodule import ImageNetDataModule
-    from resnet_nb.module import ResNetModule
-    from resnet_nb.runs import load_config
+    from resnet_nb.data.datamodule import ImageNetDataModule
+    from resnet_nb.learn.module import ResNetModule
+    from resnet_nb.run import worker
+    from resnet_nb.run.folder import load_config
     from resnet_nb.schedule import lr_at
 
     class Done(Exception):
@@ -74,7 +75,7 @@ def rank(kind: str, run_dir: Path) -> None:
         module = Plain(config, spe)
         trainer = L.Trainer(
             accelerator="cpu", devices=2, strategy=DDPStrategy(process_group_backend="gloo"), max_epochs=1, callbacks=[clock],
-            accumulate_grad_batches=config.shards_per_rank, use_distributed_sampler=False, num_sanity_val_steps=0,
+            accumulate_grad_batches=config.microbatches_per_rank, use_distributed_sampler=False, num_sanity_val_steps=0,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, logger=False,
         )  # fmt: skip
     else:
@@ -90,8 +91,8 @@ def rank(kind: str, run_dir: Path) -> None:
 
 
 def main(data_dir: str, rounds: int = 3) -> None:
-    from resnet_nb.launch import command
-    from resnet_nb.runs import create_run
+    from resnet_nb.run.folder import create_run
+    from resnet_nb.run.launch import command
 
     os.environ["RESNET_NB_HOME"] = tempfile.mkdtemp()
     seconds = {kind: [] for kind in KINDS}

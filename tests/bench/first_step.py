@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/bench/first_step.py [ROUNDS]
 
-The bare script imports torch and lightning and takes one step of the same network on random pictures of the same size, in as many shards. What is between the two:
+The bare script imports torch and lightning and takes one step of the same network on random pictures of the same size, in as many microbatches. What is between the two:
 papermill and a kernel, the checks, the plots of the plan, the supervisor, the data, Lightning's trainer.
 """
 
@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from resnet_nb.runs import read_rows
-from resnet_nb.sources import make_digits
+from resnet_nb.data.splits import make_digits
+from resnet_nb.run.folder import read_rows
 
 BARE = """
 import torch, lightning, torchvision
@@ -24,7 +24,7 @@ torch.distributed.init_process_group("gloo")
 torch.set_num_threads(1)
 network = torch.nn.parallel.DistributedDataParallel(torchvision.models.resnet18(num_classes=10))
 optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-for shard in range(4):
+for microbatch in range(4):
     F.cross_entropy(network(torch.randn(24, 3, 16, 16)), torch.randint(10, (24,))).backward()
 optimizer.step()
 """

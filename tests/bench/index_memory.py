@@ -51,8 +51,8 @@ def measure(kind: str, folder: str) -> None:
         samples = data.samples
         look_up_all = lambda: [path for path, label in map(samples.__getitem__, range(len(samples))) if label < 0]
     else:
-        from resnet_nb.index import fingerprint, kept_index
-        from resnet_nb.sources import index_data
+        from resnet_nb.data.index import fingerprint, kept_index
+        from resnet_nb.data.splits import index_data
 
         before, start = memory(), time.perf_counter()
         index = (kept_index(folder) or {}).get("train") if kind == "index" else index_data(folder)[0]
