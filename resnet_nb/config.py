@@ -25,7 +25,7 @@ def nearest(name: str, names) -> str:
 
 # %% ../nbs/00_config.ipynb #Strict
 class Strict(BaseModel):
-    "Base of all configuration: typed, frozen, no unknown fields."
+    "Base of all configuration: typed and frozen, without unknown fields."
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -52,41 +52,37 @@ Positive = Annotated[float, Field(gt=0)]
 
 # %% ../nbs/00_config.ipynb #Recipe
 class Recipe(Strict):
-    "What is learned. Fields without a default have no sensible one."
+    "What is learned. A field without a default has no sensible one."
 
-    dataset: Literal["digits", "imagenette", "imagenet"]  # decides where pictures are looked for
+    dataset: Literal["digits", "imagenette", "imagenet"]  # says where pictures are looked for, and what can be fetched
     arch: str  # name of a torchvision classification model
     epochs: int = Field(ge=1)  # passes over the training set
-    image_sizes: tuple[Size, ...] = Field(
-        min_length=1
-    )  # px; the epochs are cut into as many equal parts; with fewer epochs than sizes the last sizes count
-    val_resize: float = Field(1.0, ge=1, le=2)  # short side before the centre crop, in units of the crop
-    num_microbatches: int = Field(ge=1)  # microbatches in a global batch
+    image_sizes: tuple[Size, ...] = Field(min_length=1)  # px; one per equal part of the epochs; of more sizes than epochs the last count
+    val_resize: float = Field(1.0, ge=1, le=2)  # short side before the centre crop, in units of the crop's side
+    num_microbatches: int = Field(ge=1)  # in a global batch
     microbatch_size: int = Field(ge=2)  # pictures in a microbatch, at most; BatchNorm's statistics stay inside it
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)  # SGD with Nesterov where it is > 0
     peak_lr: Positive  # learning rate at its highest, for the global batch
-    weight_decay: float = Field(0.0, ge=0)  # on weights of convolutions and linear layers only
+    weight_decay: float = Field(0.0, ge=0)  # of the weights of convolutions, linear layers and attention only
     schedule: Literal["cosine", "onecycle", "linear", "step"] = "cosine"
     warmup_ratio: float = Field(0.0, ge=0, lt=1)  # share of all steps in which the rate grows up to peak_lr
-    final_lr_share: Share = 0.0  # of peak_lr, where cosine, onecycle and linear end
+    final_lr_share: Share = 0.0  # where cosine, onecycle and linear end, as a share of peak_lr
     step_epochs: Positive = 30.0  # schedule 'step': epochs between two drops
-    step_gamma: Positive = 0.1  # schedule 'step': factor of a drop
-    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target spread over all classes
-    crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of a random crop, as a share of the picture
+    step_gamma: Positive = 0.1  # schedule 'step': what each drop multiplies the rate by
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread over all classes
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of a random crop, as a share of the picture's
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a random crop
     flip: Share = 0.5  # probability of a left-right mirror image
     bad_pictures: Literal["fail", "skip-listed"] = "fail"  # skip-listed: leave out what `resnet-nb check data` has listed
-    mixup_alpha: float = Field(0.0, ge=0)  # Beta distribution's parameter of mixup within a microbatch; 0: none
-    cutmix_alpha: float = Field(0.0, ge=0)  # the same of CutMix; where both are set, each has half of the microbatches
-    ema_decay: float = Field(
-        0.0, ge=0, lt=1
-    )  # share that an average of the weights keeps at each step; validation uses the average; 0: none
+    mixup_alpha: float = Field(0.0, ge=0)  # parameter of mixup's Beta distribution, within a microbatch; 0: no mixup
+    cutmix_alpha: float = Field(0.0, ge=0)  # the same for CutMix; where both are set, each takes half of the microbatches on average
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # share of itself that the weights' average keeps per step; validation uses it; 0: no average
     expected_acc: Share | None = None  # validation accuracy that a whole run reaches, where it has been measured
 
     @property
     def global_batch_size(self) -> int:
-        "Pictures in an optimizer step, over all ranks."
+        "Pictures per optimizer step, over all ranks; at most, since microbatches may be smaller."
         return self.num_microbatches * self.microbatch_size
 
     @model_validator(mode="after")
@@ -121,11 +117,11 @@ class Hardware(Strict):
     "Where a run takes place: one machine, `devices` processes, one device each."
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"]  # auto: MPS, else one CUDA device, else CPU
-    devices: int = Field(ge=1)  # processes, each with one device (for cpu: processes)
+    devices: int = Field(ge=1)  # processes, one device each; with 'cpu' they share the cores
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False  # memory format of pictures and weights
-    num_workers: int = Field(ge=0)  # data loading processes per rank
-    num_threads: int | None = Field(None, ge=1)  # CPU threads per rank; None: an even share of the cores, 1 for exact numerics
+    num_workers: int = Field(ge=0)  # data workers per rank
+    num_threads: int | None = Field(None, ge=1)  # CPU threads per rank; None: an even share of the cores, or 1 for exact numerics
     default_recipe: str = "digits"  # what this profile trains when nothing is named
 
     @model_validator(mode="after")
@@ -155,12 +151,12 @@ class Parameters(Strict):
     "What a person types: the parameters of train.ipynb."
 
     hw: str = "local"  # hardware profile
-    recipe: str = ""  # empty: the profile's default
+    recipe: str = ""  # a recipe's name; empty: the profile's default
     name: str = ""  # of the run; empty: made from recipe, hw and time
     data_dir: str = ""  # folder with train/ and val/; empty: $DATASET_DIR, then the project's data/
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63)  # of every random draw
     numerics: Numerics = "close"  # what is the same for any number of processes
-    overrides: dict[str, Any] = {}  # recipe or hardware fields of this run
+    overrides: dict[str, Any] = {}  # recipe or hardware fields that this run changes
 
 # %% ../nbs/00_config.ipynb #RunConfig
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -177,7 +173,7 @@ class RunConfig(Strict):
     data_dir: str  # absolute path of the folder that holds train/ and val/
     seed: int
     numerics: Numerics
-    stream_version: int  # of the draws that decide which pictures it learns from
+    stream_version: int  # of how its pictures are drawn and decoded
     parameters: Parameters  # as given
 
     @property
@@ -187,7 +183,7 @@ class RunConfig(Strict):
 
     @property
     def microbatches_per_rank(self) -> int:
-        "Forward and backward passes of one rank in an optimizer step."
+        "Forward and backward passes per rank and optimizer step."
         return self.recipe.num_microbatches // self.world_size
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 # %% ../nbs/03_files.ipynb #write_json
 def write_file(path: Path, text: str) -> None:
-    "Replace `path` by `text` at once."
+    "Replace `path` by `text` in one step."
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "w", encoding="utf-8") as file:
@@ -25,10 +25,10 @@ def write_file(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    "Replace `path` by `value` at once."
+    "Replace `path` by `value`, as JSON, in one step; what JSON does not know is written as text."
     write_file(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    "The object in `path`, {} where there is no such file."
+    "The object in `path`; {} where there is no such file."
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

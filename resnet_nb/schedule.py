@@ -20,14 +20,14 @@ def lr_at(
     step: int,  # optimizer steps since the start, from 0
     steps_per_epoch: int,
 ) -> float:
-    "Learning rate of optimizer step `step`."
+    "Learning rate of optimizer step `step`; after the last step, where the schedule ends."
     peak, final = recipe.peak_lr, recipe.peak_lr * recipe.final_lr_share
     total = recipe.epochs * steps_per_epoch
     warmup = round(recipe.warmup_ratio * total)
     if step < warmup:
         rise = (step + 1) / warmup
         return _cosine(peak / 25, peak, rise) if recipe.schedule == "onecycle" else peak * rise
-    t = min(1.0, (step - warmup) / (total - warmup))
+    t = min(1.0, (step - warmup) / max(1, total - warmup))
     if recipe.schedule == "linear":
         return peak + (final - peak) * t
     if recipe.schedule == "step":
@@ -39,12 +39,12 @@ def size_at(
     recipe: Recipe,
     epoch: int,  # from 0; past the end counts as the last epoch
 ) -> int:
-    "Side in px of the square pictures of `epoch`, in training and in validation."
+    "Side in px of the square images of `epoch`, in training and in validation."
     sizes = recipe.image_sizes[-recipe.epochs :]
     return sizes[min(epoch, recipe.epochs - 1) * len(sizes) // recipe.epochs]
 
 
 def size_plan(recipe: Recipe) -> list[tuple[int, int]]:
-    "(first epoch, size) of each part, from epoch 0."
+    "(first epoch, size) of each part with one size, from epoch 0."
     sizes = [size_at(recipe, epoch) for epoch in range(recipe.epochs)]
     return [(epoch, size) for epoch, size in enumerate(sizes) if epoch == 0 or size != sizes[epoch - 1]]

@@ -21,7 +21,7 @@ def seed_key(
 
 
 def torch_seed(seed: int, *words: str | int) -> int:  # 0 <= s < 2**63
-    "`seed_key` cut to what torch.manual_seed takes."
+    "`seed_key`, cut to what torch.manual_seed takes."
     return seed_key(seed, *words) >> 65
 
 
@@ -30,11 +30,11 @@ def digest(*words: str | int) -> int:  # int64
     return int.from_bytes(blake2b(repr(words).encode(), digest_size=8).digest(), "little", signed=True)
 
 # %% ../nbs/01_seed.ipynb #words
-STREAM_VERSION = 1
+STREAM_VERSION = 1  # raise it with every change of what is drawn or decoded
 
 ORDER = "order"  # (epoch): the order in which an epoch visits the pictures
 AUGMENT = "augment"  # (epoch, index): crop and mirror of a picture
-MICROBATCH = "shard"  # (step, microbatch): mixup, CutMix and dropout
+MICROBATCH = "microbatch"  # (step, microbatch): mixup, CutMix and dropout
 INIT = "init"  # (): the weights before the first step
 DIGITS = "digits"  # (): which of the embedded digits are validation pictures
 
@@ -44,7 +44,7 @@ def _raw(key: int, n: int) -> np.ndarray:  # (n,) uint64
 
 
 def uniform(key: int, n: int) -> np.ndarray:  # (n,) float64 in [0, 1)
-    "`n` uniform numbers of 53 bits; the first k are the same for every n >= k."
+    "`n` uniform numbers of 53 random bits; the first k of them are the same for every n >= k."
     return (_raw(key, n) >> np.uint64(11)) * 2.0**-53
 
 

@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
     train: Index
     val: Index
-    watched: list[str]  # files and folders that decide whether this still holds
+    watched: list[str]  # files and folders: as long as they don't change, the indexes hold
 
 
 ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".gif", b".ppm")
@@ -40,7 +40,7 @@ WNID = re.compile(r"n\d{8}")
 
 
 def by_class(keys: list[str], names: list[bytes], sizes: list[int], container: int, offsets: list[int]) -> list[tuple]:
-    "Rows for `make_index`, one a class, of pictures in any order."
+    "Rows for `make_index`, one per class, of pictures in any order."
     groups = {}
     for key, *picture in zip(keys, names, sizes, offsets):
         groups.setdefault(key, []).append(picture)
@@ -48,7 +48,7 @@ def by_class(keys: list[str], names: list[bytes], sizes: list[int], container: i
 
 
 def is_picture(name: bytes) -> bool:
-    "Whether a file's name is that of a picture: hidden files are not, `._x.jpg` of macOS among them, nor `Thumbs.db`."
+    "Whether a file's name is that of a picture. Hidden files are none, `._x.jpg` of macOS among them; nor is `Thumbs.db`."
     return name.lower().endswith(ENDINGS) and not name.startswith(b".")
 
 # %% ../../nbs/data/01_formats.ipynb #known_titles
@@ -59,21 +59,21 @@ IMAGENETTE = dict(
 
 
 def known_titles(data_dir: Path, keys: list[str]) -> dict[str, str]:
-    "Titles of classes, by WNID: from a file beside the data, else of ImageNet's thousand and Imagenette's ten."
+    "Titles of classes, by WNID: from a file beside the data, else those of ImageNet's thousand or Imagenette's ten."
     for file in (data_dir / "LOC_synset_mapping.txt", data_dir / "synset_words.txt"):
         if file.exists():
             lines = (line.partition(" ") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
             return {key: words.split(",")[0].strip() for key, _, words in lines}
     if len(keys) == 1000 and (min(keys), max(keys)) == ("n01440764", "n15075141"):
         code = "import json; from torchvision.models import ResNet18_Weights as W; print(json.dumps(W.IMAGENET1K_V1.meta['categories']))"
-        asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)  # not here: it imports torch
-        if asked.returncode == 0:
-            return dict(zip(sorted(keys), json.loads(asked.stdout.splitlines()[-1])))
+        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if answer.returncode == 0:
+            return dict(zip(sorted(keys), json.loads(answer.stdout.splitlines()[-1])))
     return IMAGENETTE
 
 # %% ../../nbs/data/01_formats.ipynb #list_class
 def _list_class(folder: str) -> tuple[list[bytes], list[int], list[str]]:
-    "Names below `folder` and sizes of its pictures, and all folders that were looked at."
+    "Names below `folder` and sizes in bytes of its pictures, and all folders that were listed; ValueError for a dead link."
     names, sizes, folders, below = [], [], [folder], [b""]
     while below:
         prefix = below.pop()
@@ -95,7 +95,7 @@ def _list_class(folder: str) -> tuple[list[bytes], list[int], list[str]]:
 
 # %% ../../nbs/data/01_formats.ipynb #index_folder
 def index_folder(root: Path, data_dir: Path) -> tuple[Index, list[str]]:
-    "Index of the class folders below `root`, and all folders; raises ValueError where there is none, or one has no pictures."
+    "Index of the class folders below `root`, and all folders listed; raises ValueError where there is none, or one has no pictures."
     if not root.is_dir():
         raise ValueError(f"no folder {str(root)!r}; pictures are needed as {root.name}/CLASS/FILE")
     keys = [name for name in os.listdir(root) if os.path.isdir(root / name) and not name.startswith(".")]
@@ -105,13 +105,13 @@ def index_folder(root: Path, data_dir: Path) -> tuple[Index, list[str]]:
         raise ValueError(f"class folder {os.path.join(root, loop)!r} is a link to a folder that holds it; remove it")
     rows, watched = [], [str(root)]
     folders = [os.path.join(root, key) for key in keys]
-    # of a few folders a new process would cost more than it saves; a million files keep Python busier than the disk
+    # for a few folders new processes cost more than they save; a million files keep Python busier than the disk
     lists = in_parallel(_list_class, folders, f"{root.name}: class folders", threads=len(keys) < 100)
-    for key, (names, sizes, looked_at) in zip(keys, lists):
+    for key, (names, sizes, listed) in zip(keys, lists):
         if not names:
             raise ValueError(f"class folder {os.path.join(root, key)!r} has no pictures; add some or remove it")
         rows.append((key, names, sizes, 0, np.zeros(len(names), np.int64)))
-        watched += looked_at
+        watched += listed
     titles = known_titles(data_dir, keys)
     return make_index(root, "folders", {key: titles.get(key, key) for key in keys}, rows), watched
 
@@ -126,10 +126,10 @@ def find_kaggle(data_dir: Path) -> Found:
     "Kaggle's `imagenet-object-localization-challenge`; raises ValueError where pictures and labels don't match."
     pictures, solution = data_dir / "ILSVRC" / "Data" / "CLS-LOC", data_dir / "LOC_val_solution.csv"
     if not pictures.is_dir():
-        pictures = data_dir  # some keep train and val beside the table
+        pictures = data_dir  # train and val may lie beside the table
     train, watched = index_folder(pictures / "train", data_dir)
     flat = pictures / "val"
-    if not flat.is_dir() or not any(map(is_picture, os.listdir(os.fsencode(flat)))):  # somebody has sorted them into class folders
+    if not flat.is_dir() or not any(map(is_picture, os.listdir(os.fsencode(flat)))):  # sorted into class folders
         val, folders = index_folder(flat, data_dir)
         return Found(train, val, watched + folders)
     try:
@@ -153,9 +153,10 @@ TRAIN_TAR, VAL_TAR, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar
 
 
 def _members(path: str, start: int = 0, size: int | None = None) -> Iterator[tarfile.TarInfo]:
-    """The files in the tar archive of `size` bytes that begins at byte `start` of the file `path`; their `offset_data` counts from the start of that file.
+    """The files in the tar archive of `size` bytes that begins at byte `start` of the file `path`.
 
-    Raises ValueError where it is damaged: tarfile takes a header that it can't read for the end."""
+    Their `offset_data` counts from the start of that file. Raises ValueError where the archive is damaged: tarfile itself
+    takes a header that it can't read for the end."""
     end = os.path.getsize(path) if size is None else start + size
     try:
         with open(path, "rb") as file:
@@ -170,7 +171,7 @@ def _members(path: str, start: int = 0, size: int | None = None) -> Iterator[tar
 
 
 def _list_tar(path: str, start: int = 0, size: int | None = None) -> tuple[list[bytes], list[int], list[int]]:
-    "Names, sizes and places in the file `path` of the pictures of the tar archive of `size` bytes that begins at byte `start`."
+    "Names, sizes and offsets in the file `path` of the pictures in the tar archive of `size` bytes that begins at byte `start`."
     names, sizes, offsets = [], [], []
     for member in _members(path, start, size):
         name = os.fsencode(member.name)
@@ -180,11 +181,13 @@ def _list_tar(path: str, start: int = 0, size: int | None = None) -> tuple[list[
             offsets.append(member.offset_data)
     return names, sizes, offsets
 
-# %% ../../nbs/data/01_formats.ipynb #find_tars
+# %% ../../nbs/data/01_formats.ipynb #read_devkit
 def read_devkit(path: Path) -> tuple[list[str], dict[str, str]]:
-    "WNIDs of the validation pictures in the order of their numbers, and the title of each WNID."
-    from scipy.io import loadmat  # only here
-
+    "WNIDs of the validation pictures in the order of their numbers, and the title of each WNID; ValueError for another file."
+    try:
+        from scipy.io import loadmat  # only here: no other form of data needs it
+    except ImportError:
+        raise ValueError("reading ImageNet's development kit needs scipy: pip install 'resnet-nb[imagenet]'") from None
     try:
         with tarfile.open(path) as kit:
             members = {os.path.basename(member.name): member for member in kit if member.isreg()}
@@ -196,7 +199,7 @@ def read_devkit(path: Path) -> tuple[list[str], dict[str, str]]:
     wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
     return [wnid[int(number)] for number in truth], {str(row["WNID"]): str(row["words"]).split(",")[0] for row in leaves}
 
-
+# %% ../../nbs/data/01_formats.ipynb #find_tars
 def find_tars(data_dir: Path) -> Found:
     "ImageNet's tar files, left as they are; raises ValueError where one is missing or cut short."
     paths = [data_dir / name for name in (TRAIN_TAR, VAL_TAR, DEVKIT)]
@@ -218,7 +221,7 @@ def find_tars(data_dir: Path) -> Found:
 
 # %% ../../nbs/data/01_formats.ipynb #list_parquet
 def _list_parquet(path: str) -> tuple[list[int], list[bytes], list[str]]:
-    "Labels, file names (empty where there are none) and label names of one shard."
+    "Labels, file names (empty where there are none) and label names of one shard; ValueError for other columns."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -243,17 +246,18 @@ def _list_parquet(path: str) -> tuple[list[int], list[bytes], list[str]]:
 
 
 def _keys_and_names(lists: list[tuple], key_of: Callable) -> list[tuple[list[str], list[bytes]]]:
-    "Of each shard the class keys and names of its rows: as in class folders where that names each one, else by shard and row."
+    "For each shard, the class keys and names of its rows: the names of class folders where they are unique, else shard and row."
     keys = [[key_of(label) for label in labels] for labels, *_ in lists]
-    names = [[n.replace(b"_" + os.fsencode(k) + b".", b".") for k, n in zip(of_shard, ns)] for of_shard, (_, ns, _) in zip(keys, lists)]
-    every = [pair for of_shard in zip(keys, names) for pair in zip(*of_shard)]
-    if len(set(every)) < len(every) or any(not name for _, name in every):
-        names = [[b"%05d-%06d" % (shard, row) for row in range(len(of_shard))] for shard, of_shard in enumerate(keys)]
+    plain = lambda name, key: name.replace(b"_" + os.fsencode(key) + b".", b".")
+    names = [list(map(plain, file_names, in_shard)) for in_shard, (_, file_names, _) in zip(keys, lists)]
+    pairs = [pair for in_shard in zip(keys, names) for pair in zip(*in_shard)]
+    if len(set(pairs)) < len(pairs) or any(not name for _, name in pairs):
+        names = [[b"%05d-%06d" % (shard, row) for row in range(len(in_shard))] for shard, in_shard in enumerate(keys)]
     return list(zip(keys, names))
 
 # %% ../../nbs/data/01_formats.ipynb #find_parquet
 def find_parquet(data_dir: Path) -> Found:
-    "Hugging Face's shards of pictures; raises ValueError for other columns than theirs."
+    "Hugging Face's shards of pictures; raises ValueError where a split is missing, or a label has no name."
     folder = data_dir / "data" if (data_dir / "data").is_dir() else data_dir
     splits, watched = {}, [str(folder)]
     for split, pattern in (("train", "train*.parquet"), ("val", "val*.parquet")):
@@ -269,12 +273,12 @@ def find_parquet(data_dir: Path) -> Found:
             if wnid := WNID.match(os.fsdecode(name)):
                 wnid_of.setdefault(label, wnid[0])
     if len(set(wnid_of.values())) < len(wnid_of):
-        wnid_of = {}  # the labels are something else
+        wnid_of = {}  # several labels share a WNID: they are not ImageNet's classes
     every = {label for _, lists in splits.values() for labels, *_ in lists for label in labels}
     if label_names and (unnamed := every - set(range(len(label_names)))):
         raise ValueError(f"{str(folder)!r} has the label {min(unnamed, key=str)!r}, and names of labels 0 to {len(label_names) - 1} only")
     name_of = lambda label: label_names[label] if label_names else str(label)
-    title_of = lambda label: name_of(label).split(",")[0]  # several may be 'maillot'; their whole names differ
+    title_of = lambda label: name_of(label).split(",")[0]  # may repeat: ImageNet has two 'maillot', whose whole names differ
     key_of = lambda label: wnid_of.get(label) or name_of(label)
     found = []
     for shards, lists in splits.values():
@@ -287,7 +291,7 @@ def find_parquet(data_dir: Path) -> Found:
 
 # %% ../../nbs/data/01_formats.ipynb #list_pack
 def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
-    "Class keys, names, sizes and places of the pictures in one Arrow file."
+    "Class keys, names, sizes and offsets of the pictures in one Arrow file; ValueError where it is damaged."
     import pyarrow as pa
 
     whole = pa.memory_map(path).read_buffer()
@@ -311,7 +315,7 @@ PACK_VERSION = 2  # another one is not read
 
 
 def find_pack(data_dir: Path) -> Found:
-    "A pack; raises ValueError where it is not finished."
+    "The pictures of a pack; raises ValueError where it can't be read as a whole."
     about = json.loads((data_dir / "pack.json").read_text(encoding="utf-8"))
     if not {"version", "finished", "splits", "titles", "parts"} <= about.keys():
         raise ValueError(f"{str(data_dir / 'pack.json')!r} is not that of a pack; choose another folder")
@@ -339,7 +343,7 @@ def find_pack(data_dir: Path) -> Found:
 
 # %% ../../nbs/data/01_formats.ipynb #damaged_parts
 def damaged_parts(dst: str | Path) -> list[str]:
-    "Files of a pack that are not what was written, by their sha256."
+    "Names of the parts of a pack whose sha256 is not that of what was written, or that are gone."
     about = json.loads((Path(dst) / "pack.json").read_text(encoding="utf-8"))
     names = list(about["parts"])
 
@@ -351,7 +355,7 @@ def damaged_parts(dst: str | Path) -> list[str]:
 
 # %% ../../nbs/data/01_formats.ipynb #find_pictures
 def find_pictures(data_dir: Path) -> Found:
-    "Both splits of `data_dir`, in whichever form it is; ValueError where it is in none, or not whole."
+    "Both splits of `data_dir`, in whichever form it is; ValueError where it is in none of them, or not whole."
     if not data_dir.is_dir():
         raise ValueError(
             f"data_dir {str(data_dir)!r} is not a folder; it needs train/CLASS/FILE and val/CLASS/FILE, or another form that is known"
@@ -359,7 +363,7 @@ def find_pictures(data_dir: Path) -> Found:
     if (data_dir / "pack.json").exists():
         return find_pack(data_dir)
     tars = [(data_dir / name).exists() for name in (TRAIN_TAR, VAL_TAR, DEVKIT)]
-    if all(tars) or (any(tars) and not (data_dir / "train").is_dir()):  # one may be left over beside unpacked folders
+    if all(tars) or (any(tars) and not (data_dir / "train").is_dir()):  # beside unpacked folders one may be left over
         return find_tars(data_dir)
     if (data_dir / "LOC_val_solution.csv").exists():
         return find_kaggle(data_dir)

@@ -27,7 +27,7 @@ from ..files import write_json
 
 # %% ../../nbs/data/05_pack.ipynb #shrink
 def shrink(data: bytes, short_side: int, quality: int) -> bytes:
-    "One file: the same bytes where it is small enough, else a JPEG with this short side in px (bicubic, antialiased)."
+    "The same bytes where a picture is small enough, else a JPEG with this short side in px (bicubic, antialiased)."
     pixels = decode(data)
     height, width = pixels.shape[:2]
     if short_side == 0 or min(height, width) <= short_side:
@@ -39,10 +39,11 @@ def shrink(data: bytes, short_side: int, quality: int) -> bytes:
 
 # %% ../../nbs/data/05_pack.ipynb #write_part
 PER_FILE = 2**14  # pictures in a file
-CHUNK = 64  # pictures a task, and a batch in the file
+CHUNK = 64  # pictures that a process takes at a time, and in one batch of the file
 
 
 def _shrink_some(index: Index, first: int, last: int, short_side: int, quality: int) -> list[bytes]:
+    "What becomes of pictures `first` to `last` - 1; ValueError names a picture that is bad."
     files = []
     for i in range(first, last):
         try:
@@ -53,7 +54,7 @@ def _shrink_some(index: Index, first: int, last: int, short_side: int, quality: 
 
 
 def write_part(index: Index, first: int, last: int, path: Path, short_side: int, quality: int) -> dict:
-    "Write pictures `first` to `last` - 1 of `index` to `path`; returns its bytes and sha256. ValueError names a picture that is bad."
+    "Write pictures `first` to `last` - 1 of `index` to `path`, and return its size in bytes and its sha256; ValueError names a bad picture."
     import pyarrow as pa
 
     schema = pa.schema([("class", pa.string()), ("name", pa.binary()), ("image", pa.large_binary())])
@@ -63,8 +64,8 @@ def write_part(index: Index, first: int, last: int, path: Path, short_side: int,
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for files in in_parallel(lambda chunk: _shrink_some(index, *chunk, short_side, quality), chunks, path.name):
                 rows = range(at, at + len(files))
-                names = [[index.classes[index.labels[i]] for i in rows], [index.name(i) for i in rows], files]
-                writer.write_batch(pa.record_batch(names, schema=schema))
+                columns = [[index.classes[index.labels[i]] for i in rows], [index.name(i) for i in rows], files]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
                 hashes += [hashlib.blake2b(file).digest() for file in files]
                 at += len(files)
         data = np.memmap(partial, np.uint8, "r")
@@ -80,7 +81,8 @@ def write_part(index: Index, first: int, last: int, path: Path, short_side: int,
 
 # %% ../../nbs/data/05_pack.ipynb #begin
 def _plan(train: Index, val: Index, short_side: int, quality: int) -> dict:
-    parts = lambda index: range(0, len(index), PER_FILE)
+    "What pack.json says about a pack as it will be."
+    num_parts = lambda index: -(-len(index) // PER_FILE)
     splits = {"train": train, "val": val}
     return {
         "version": PACK_VERSION,
@@ -88,12 +90,12 @@ def _plan(train: Index, val: Index, short_side: int, quality: int) -> dict:
         "quality": quality,
         "source": {split: {"pictures": len(index), "sha256": fingerprint(index)} for split, index in splits.items()},
         "titles": dict(zip(train.classes, train.titles)),
-        "splits": {split: {"files": [f"{split}-{i:05d}.arrow" for i in range(len(parts(index)))]} for split, index in splits.items()},
+        "splits": {split: {"files": [f"{split}-{i:05d}.arrow" for i in range(num_parts(index))]} for split, index in splits.items()},
     }
 
 
 def _begin(dst: Path, plan: dict) -> dict:
-    "What pack.json says, or begins with; parts that are damaged are not among those done. ValueError where `dst` holds something else."
+    "What pack.json says, or will say at first, without the parts that are damaged; ValueError where `dst` holds something else."
     path = dst / "pack.json"
     if path.exists():
         about = json.loads(path.read_text(encoding="utf-8"))
@@ -110,7 +112,7 @@ def _begin(dst: Path, plan: dict) -> dict:
 
 # %% ../../nbs/data/05_pack.ipynb #lock
 def _lock(dst: Path) -> int:
-    "A handle of the folder, locked until it is closed; ValueError where another process has it."
+    "A handle of the folder, locked until it is closed; ValueError where another process holds the lock."
     handle = os.open(dst, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,11 +120,12 @@ def _lock(dst: Path) -> int:
         os.close(handle)
         raise ValueError(f"another process is writing the pack {str(dst)!r}; let it finish") from None
     except OSError:
-        pass  # a file system without such locks, as some on a network are
+        pass  # a file system without locks, as some on a network
     return handle
 
 # %% ../../nbs/data/05_pack.ipynb #write_pack
 def _write_pack(train: Index, val: Index, dst: Path, short_side: int, quality: int, show: Callable[[str], None]) -> Path:
+    "Write the parts that are missing; ValueError where the disk does not take one."
     plan, path = _plan(train, val, short_side, quality), dst / "pack.json"
     about = _begin(dst, plan)
     for split, index in (("train", train), ("val", val)):
@@ -155,8 +158,8 @@ def pack(
     dst: str | Path,  # folder of the pack
     short_side: int = 256,  # px; 0: files as they are
     quality: int = 90,  # of JPEG, 1 to 95
-    bad_pictures: str = "fail",  # or 'skip-listed'
-    show: Callable[[str], None] = lambda line: None,
+    bad_pictures: str = "fail",  # or 'skip-listed': leave out what an inspection has listed
+    show: Callable[[str], None] = lambda line: None,  # takes one line per part, and one at the end
 ) -> Path:
     "Make a pack, or finish one, and return its folder; ValueError where a picture is bad, or the folder holds something else."
     dst = Path(dst)

@@ -18,8 +18,8 @@ class SampleKey(NamedTuple):
     "One picture of one batch."
 
     epoch: int  # from 0; part of the augmentation's key
-    index: int  # into the data set; PAD: a place that does not count
-    size: int  # side of the square picture, px
+    index: int  # number of the picture in its split; PAD: a place that does not count
+    size: int  # side of the square image, px
 
 
 PAD = -1
@@ -27,7 +27,7 @@ PAD = -1
 # %% ../../nbs/data/06_sampler.ipynb #epoch_order
 def epoch_order(
     num_samples: int,  # pictures in the training set, N
-    seed: int,  # seed of the run, the same on every rank
+    seed: int,  # of the run, the same on every rank
     epoch: int,  # from 0
 ) -> np.ndarray:  # (N,) int64, a permutation of 0..N-1
     "The order in which `epoch` visits the training set."
@@ -44,7 +44,7 @@ def steps_per_epoch(
     num_microbatches: int,  # in a global batch
     microbatch_size: int,  # pictures in a microbatch, at most
 ) -> int:
-    "Optimizer steps in an epoch; ValueError where a microbatch would have fewer than two pictures."
+    "Optimizer steps per epoch; ValueError where a microbatch would have fewer than two pictures."
     steps = -(-num_samples // (num_microbatches * microbatch_size))
     if num_samples < 2 * num_microbatches * steps:
         raise ValueError(
@@ -55,7 +55,7 @@ def steps_per_epoch(
 
 # %% ../../nbs/data/06_sampler.ipynb #MicrobatchSampler
 class MicrobatchSampler:
-    "Batch sampler of one rank: yields microbatches, lists of `SampleKey`. Raises ValueError for shares that cannot be even."
+    "Batch sampler of one rank: yields microbatches, lists of `SampleKey`; ValueError where they can't be shared evenly."
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class MicrobatchSampler:
         self.sampler = self  # where Lightning looks for set_epoch
 
     def seek(self, global_step: int) -> None:
-        "Go to where `global_step` optimizer steps lead; the end of an epoch is the start of the next."
+        "Go to where `global_step` optimizer steps lead; the end of an epoch is the start of the next one."
         self.epoch, self.step = divmod(global_step, self.steps_per_epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -85,7 +85,7 @@ class MicrobatchSampler:
             self.epoch, self.step = epoch, 0
 
     def __len__(self) -> int:
-        "Microbatches of this rank in a whole epoch, wherever the position is."
+        "Microbatches of this rank per whole epoch, wherever the position is."
         return self.steps_per_epoch * self.microbatches_per_rank
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
@@ -99,7 +99,7 @@ class MicrobatchSampler:
 
 # %% ../../nbs/data/06_sampler.ipynb #EvalSampler
 class EvalSampler:
-    "Batch sampler of one rank for validation and test: every picture once over all ranks, in order."
+    "Batch sampler of one rank for validation and test: over all ranks every picture once, in order."
 
     def __init__(
         self,

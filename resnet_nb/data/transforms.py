@@ -34,7 +34,7 @@ def _is_jpeg(data: bytes) -> bool:
 
 
 class TooLarge(ValueError):
-    "More than MAX_PIXELS."
+    "The picture has more pixels than are decoded."
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -53,10 +53,10 @@ def _opened(data: bytes) -> Image.Image:
 # %% ../../nbs/data/03_transforms.ipynb #decode
 def decode(
     data: bytes,  # a file's content
-    fast: bool = False,  # of JPEG: round coarsely, and don't interpolate subsampled colours; not pillow's pixels any more
-    halve: bool = False,  # of JPEG: decode to half the width and height, which costs less; other formats come whole
+    fast: bool = False,  # JPEG only: round coarsely, and don't interpolate subsampled colours; no longer pillow's pixels
+    halve: bool = False,  # JPEG only: decode to half the width and height, which costs less; other formats come whole
 ) -> np.ndarray:  # (height, width, 3) uint8
-    "The picture in RGB; raises ValueError where it can't be decoded, or is larger than MAX_PIXELS."
+    "The picture in RGB; raises ValueError where it can't be decoded, or has more than MAX_PIXELS."
     try:
         if _is_jpeg(data):
             try:
@@ -76,7 +76,7 @@ def decode(
 
 # %% ../../nbs/data/03_transforms.ipynb #read_size
 def read_size(data: bytes) -> tuple[int, int]:
-    "Width and height in px, from the header alone; (1, 1) where there is no header that can be read: decoding will say why."
+    "Width and height in px, from the header alone; (1, 1) where no header can be read: decoding will say why."
     try:
         if _is_jpeg(data):
             return simplejpeg.decode_jpeg_header(data)[1::-1]
@@ -90,7 +90,7 @@ def read_size(data: bytes) -> tuple[int, int]:
 
 
 def jpeg_decoder() -> str:
-    "What decodes most pictures here: training's pixels are the same where this is the same."
+    "What decodes JPEG here: training's pixels are the same where this is the same."
     return f"simplejpeg {simplejpeg.__version__}" if simplejpeg else f"pillow {PIL.__version__}"
 
 # %% ../../nbs/data/03_transforms.ipynb #draw_crop
@@ -116,7 +116,7 @@ def draw_crop(
     mirror, x, y, *first = uniform(key, 5).tolist()
     flipped, low, high = mirror < flip, math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(10):
-        # nearly always the first one fits
+        # the first attempt nearly always fits
         a, r = uniform(key, 23)[3 + 2 * attempt :][:2].tolist() if attempt else first
         area = width * height * (scale[0] + (scale[1] - scale[0]) * a)
         aspect = math.exp(low + (high - low) * r)
@@ -135,7 +135,7 @@ def resize(pixels: np.ndarray, size: int, mirror: bool) -> np.ndarray:  # (heigh
 
 
 def train_picture(pixels: np.ndarray, crop: Crop, size: int, resize: Callable = resize) -> np.ndarray:  # (size, size, 3) uint8
-    "`crop` of a picture, resized and mirrored as drawn."
+    "The part of a picture that was drawn, resized and mirrored as drawn."
     left, top, width, height, flip = crop
     return resize(pixels[top : top + height, left : left + width], size, flip)
 
@@ -162,11 +162,11 @@ TOGETHER = 16  # training pictures that are read, then drawn, then decoded
 def load_train(
     index: Index,
     seed: int,
-    keys: Sequence[tuple[int, int, int]],  # of each picture: epoch, number in the index, size in px
+    keys: Sequence[tuple[int, int, int]],  # for each picture: epoch, number in the index, image size in px
     recipe: Recipe,
     resize: Callable = resize,
 ) -> Iterator[tuple[np.ndarray, Crop]]:
-    "Training pictures as their epochs see them, (size, size, 3) uint8, and what was drawn for each; ValueError says which one is bad."
+    "Training pictures as their epochs see them, (size, size, 3) uint8, each with its crop; ValueError says which one is bad."
     for start in range(0, len(keys), TOGETHER):
         group = [(*key, index.read(key[1])) for key in keys[start : start + TOGETHER]]
         drawn = [_draw(data, seed_key(seed, AUGMENT, epoch, i), recipe) for epoch, i, _, data in group]
@@ -176,11 +176,11 @@ def load_train(
             yield train_picture(pixels, box, size, resize), crop
 
 
-def _draw(data: bytes, key: int, recipe: Recipe) -> tuple[Crop, int]:  # and the picture's width in px
+def _draw(data: bytes, key: int, recipe: Recipe) -> tuple[Crop, int]:  # with the picture's width in px
     width, height = read_size(data)
     return draw_crop(key, width, height, recipe.crop_scale, recipe.crop_ratio, recipe.flip), width
 
 
 def load_eval(index: Index, i: int, size: int, recipe: Recipe) -> np.ndarray:
-    "Validation picture `i`: (size, size, 3) uint8; ValueError says which picture is bad."
+    "Validation picture `i`, (size, size, 3) uint8; ValueError says which one is bad."
     return eval_picture(_decoded(index.read(i), index, i), size, recipe.val_resize)

@@ -18,11 +18,14 @@ from .numerics import from_fixed, on_cpu_if_mps, representable, to_fixed
 
 # %% ../../nbs/learn/01_network.ipynb #GhostBatchNorm2d
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    "BatchNorm2d whose running statistics wait for `move_running_stats`; the same state_dict as BatchNorm2d."
+    """BatchNorm2d over one microbatch, whose running statistics wait for `move_running_stats`; its state_dict is BatchNorm2d's.
+
+    Ghost batch normalization of Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", algorithm 1. There the running
+    statistics move once per ghost batch; here they move once per step, towards the mean over its microbatches."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.waiting = []  # of each microbatch since the last update: (2, C), means and unbiased variances
+        self.waiting = []  # for each microbatch since the last move: (2, C), means and unbiased variances
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
@@ -34,7 +37,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 def ghost_batchnorm(network: nn.Module) -> nn.Module:
-    "Turn every BatchNorm2d of `network` into a GhostBatchNorm2d, weights and statistics kept."
+    "Turn every BatchNorm2d of `network` into a GhostBatchNorm2d, in place; weights and statistics are kept."
     for module in network.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = GhostBatchNorm2d
@@ -47,11 +50,10 @@ def _ghost_norms(network: nn.Module) -> list[GhostBatchNorm2d]:
 
 
 def take_running_stats(network: nn.Module) -> torch.Tensor:  # (2 * channels of all norms + 1,) int64
-    "The statistics that wait, summed over this rank's microbatches in fixed point, and how many could not be held; nothing waits afterwards."
-    microbatches = [
-        torch.cat([stats.flatten() for stats in microbatch]) for microbatch in zip(*(norm.waiting for norm in _ghost_norms(network)))
-    ]
-    for norm in _ghost_norms(network):
+    "The waiting statistics, summed over this rank's microbatches in fixed point, then how many are not representable; none waits afterwards."
+    norms = _ghost_norms(network)
+    microbatches = [torch.cat([stats.flatten() for stats in microbatch]) for microbatch in zip(*(norm.waiting for norm in norms), strict=True)]
+    for norm in norms:
         norm.waiting = []
     if not microbatches:
         return torch.zeros(1, dtype=torch.int64)
@@ -64,13 +66,14 @@ def take_running_stats(network: nn.Module) -> torch.Tensor:  # (2 * channels of 
 def move_running_stats(
     network: nn.Module,
     total: torch.Tensor,  # from take_running_stats, summed over ranks
-    num_microbatches: int,  # microbatches in the step, over all ranks
+    num_microbatches: int,  # in the step, over all ranks
 ) -> None:
-    "Move all running statistics one step towards the mean over the step's microbatches; a step with statistics that are not finite moves none."
+    "Move all running statistics towards the mean over the step's microbatches; none where one of them is not representable."
     norms = _ghost_norms(network)
     if not norms:
         return
-    means, whole = (from_fixed(total[:-1]) / num_microbatches).to(norms[0].running_mean), (total[-1] == 0).to(norms[0].running_mean)
+    means = (from_fixed(total[:-1]) / num_microbatches).to(norms[0].running_mean)
+    whole = (total[-1] == 0).to(norms[0].running_mean)  # 1 or 0: a tensor, so that no GPU is waited for
     for norm, mean in zip(norms, means.split([2 * norm.num_features for norm in norms])):
         mean = mean.view(2, -1)
         norm.running_mean.lerp_(mean[0], norm.momentum * whole)
@@ -79,21 +82,21 @@ def move_running_stats(
 
 # %% ../../nbs/learn/01_network.ipynb #build_model
 def build_model(arch: str, num_classes: int) -> nn.Module:
-    "torchvision's classification model `arch`, without trained weights, with GhostBatchNorm2d; ValueError where unknown."
+    "torchvision's classification model `arch`, without trained weights, with GhostBatchNorm2d; ValueError for an unknown name."
     known = torchvision.models.list_models(module=torchvision.models)
     if arch not in known:
         raise ValueError(f"unknown arch {arch!r}; {nearest(arch, known)}")
-    # the two whose training forward would return more than the logits
+    # with auxiliary classifiers these two would return more than logits in training
     extra = {"aux_logits": False, "init_weights": True} if arch in ("googlenet", "inception_v3") else {}
     network = torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **extra)
-    for block in network.modules():  # each residual block starts as the identity (Goyal et al. 2017, 5.1)
+    for block in network.modules():  # the last norm of a residual block starts at zero (Goyal et al. 2017, section 5.1)
         if isinstance(block, BasicBlock | Bottleneck):
             nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
     return ghost_batchnorm(network)
 
-
+# %% ../../nbs/learn/01_network.ipynb #check_sizes
 def check_sizes(arch: str, sizes: tuple[int, ...]) -> None:
-    "Raise ValueError where `arch` can't take square pictures of one of `sizes`, px."
+    "Raise ValueError where `arch` can't take square images of one of `sizes`, px."
     with torch.device("meta"):
         network = build_model(arch, 10).eval()
     for size in sizes:
@@ -104,7 +107,7 @@ def check_sizes(arch: str, sizes: tuple[int, ...]) -> None:
 
 
 def arch_problem(arch: str, sizes: tuple[int, ...]) -> str:
-    "What `check_sizes` says; empty where nothing is wrong."
+    "What `check_sizes` says against `arch` and `sizes`; empty where nothing is wrong."
     try:
         return check_sizes(arch, sizes) or ""
     except ValueError as error:
@@ -112,7 +115,7 @@ def arch_problem(arch: str, sizes: tuple[int, ...]) -> str:
 
 # %% ../../nbs/learn/01_network.ipynb #param_groups
 def param_groups(network: nn.Module, weight_decay: float) -> list[dict]:
-    "Two optimizer groups: weights that decay, and all other parameters."
+    "Two parameter groups for an optimizer: the weights that decay, and all other parameters."
     decays, others = [], []
     for module in network.modules():
         matrix = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention))

@@ -6,11 +6,14 @@
 __all__ = ['VARIABLES', 'first_difference', 'utc_now', 'run_path', 'load_config', 'run_identity', 'make_run_dir', 'create_run',
            'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'append_rows', 'parse_rows', 'all_rows',
            'read_rows', 'write_summary', 'best_epoch', 'final_note', 'read_status', 'write_status', 'code_facts',
-           'environment_facts']
+           'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
+import ast
 import fcntl
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -19,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+import tokenize
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -263,3 +267,27 @@ def environment_facts() -> dict:
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
+
+# %% ../../nbs/run/00_folder.ipynb #code_sha256
+def bare_code(source: str) -> str:
+    "Python source without comments, docstrings and empty lines."
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            line = lines[token.start[0] - 1]
+            lines[token.start[0] - 1] = line[: token.start[1]] if line else line
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
+def code_sha256(*modules: str) -> str:
+    "One sha256 over the bare code of modules of this package, named as in 'data.sampler'."
+    package = Path(importlib.util.find_spec("resnet_nb").origin).parent
+    digest = hashlib.sha256()
+    for name in modules:
+        digest.update(bare_code((package / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")).encode())
+    return digest.hexdigest()

@@ -160,7 +160,7 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
         "network": f"{r.arch}, {r.epochs} epochs of {per_epoch:,} steps, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
         "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatches of at most {r.microbatch_size}, {share}",
         "optimizer": f"{r.optimizer}, {r.schedule}, peak learning rate {r.peak_lr:g}, weight decay {r.weight_decay:g}",
-        "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}, {h.num_workers} data workers per rank",
+        "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}, {h.num_workers} data worker{'s' * (h.num_workers != 1)} per rank",
     }
 
 # %% ../../nbs/run/05_plan.ipynb #open_run

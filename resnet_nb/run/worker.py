@@ -24,7 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import PIL
 import torch
+import torchvision
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -113,7 +115,7 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
     return {
         "torch": torch.__version__, "accelerator": accelerator, **gpu, "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "onednn_isa": onednn_isa(), "threads_per_rank": torch.get_num_threads(),
-        "precision": config.hardware.precision, "channels_last": config.hardware.channels_last, "jpeg_decoder": jpeg_decoder(),
+        "precision": config.hardware.precision, "channels_last": config.hardware.channels_last, "decoders": f"{jpeg_decoder()}, pillow {PIL.__version__}", "torchvision": torchvision.__version__,
         "deterministic": config.numerics == "exact",
     }  # fmt: skip
 

@@ -1,0 +1,104 @@
+"""Every command that the README or a page prints works, from the project's root and from another folder."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+from resnet_nb.run import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "nbs").glob("[a-z]*.ipynb"), *(ROOT / "nbs" / "proofs").glob("*.ipynb")]
+COMMAND = r"(?:[A-Z_]+=\S+ )?(?:resnet-nb|papermill|make) [^`\n]+"
+
+ONE_EPOCH = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}})
+TRAINS = f" -r name {{new}} -p data_dir {{data}} -y '{ONE_EPOCH}'"
+FEW_CUDA = "this machine has 0"
+# command: what is added, so that it takes seconds and writes where a test may write; what it must say
+RUN = {
+    "resnet-nb train -p hw local": (TRAINS, "done: "),
+    "resnet-nb train -p hw local -p recipe imagenette -p data_dir ~/imagenette": (TRAINS, "done: "),
+    "resnet-nb train -p hw cpu2": (TRAINS, "done: "),
+    "resnet-nb train -p hw g5": ("", FEW_CUDA),
+    "resnet-nb train -p hw p3": ("", FEW_CUDA),
+    "resnet-nb train -y '{overrides: {epochs: 2, arch: resnet34, image_sizes: [64, 96]}}'": (" -r name {new} -p data_dir {data}", "done: "),
+    "papermill nbs/train.ipynb runs/out.ipynb -p hw cpu2": (TRAINS, ""),
+    "papermill nbs/proofs/exactness.ipynb runs/exactness.ipynb -p epochs 2": (" -p epochs 1 -y 'image_sizes: [8]'", ""),
+    "papermill nbs/proofs/bench_data.ipynb runs/bench_data.ipynb -p photos /folder/of/full-size/photos": (
+        " -p photos '' -p rounds 1 -p copies 5 -p files_per_class 1",
+        "",
+    ),
+    "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/bench_step.ipynb runs/bench_step.ipynb": (" -p turns 1 -p size 32", ""),
+    "resnet-nb follow NAME": ("", "epoch   3/3"),
+    "resnet-nb stop NAME": ("", "is not running"),
+    "resnet-nb plot NAME": ("", "curves.png"),
+    "resnet-nb verify A B": ("", "same"),
+    "resnet-nb reproduce A": (" --name {new}", "same"),
+    "resnet-nb check data DIR": (" --no-page", "healthy"),
+    "resnet-nb pack DIR PACKED": ("", "96 training and 23 validation pictures"),
+    "make train": (f" hw=cpu2 name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'", "done: "),
+    "make train hw=cpu2": (f" name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'", "done: "),
+}
+NOT_RUN = {
+    "make test": "runs this test",
+    "make lab": "a server that does not end",
+    "make tensorboard": "a server that does not end",
+    "make setup TORCH='torch==2.10.0 torchvision==0.25.0'": "gets another build of torch, several GB",
+}
+FAILS = {"resnet-nb train -p hw g5", "resnet-nb train -p hw p3"}
+
+
+def printed(text: str) -> set[str]:
+    "Commands in backticks, and those on indented lines of their own."
+    found = re.findall(rf"`({COMMAND})`", text) + re.findall(rf"^    ({COMMAND})$", text, re.MULTILINE)
+    return {re.sub(r"\s+#.*", "", command).strip() for command in found} - {"resnet-nb …"}
+
+
+def markdown(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+
+
+def test_every_printed_command_is_in_the_table():
+    known = RUN.keys() | NOT_RUN.keys()
+    assert {path.name: printed(markdown(path)) - known for path in PAGES if printed(markdown(path)) - known} == {}
+    assert known <= set().union(*(printed(markdown(path)) for path in PAGES))  # none that nobody prints any more
+    assert printed("see `make tea`, and\n\n    papermill a.ipynb b.ipynb  # slow\n") == {"make tea", "papermill a.ipynb b.ipynb"}
+
+
+@pytest.fixture(scope="module")
+def places(home, data, one, two, tmp_path_factory):
+    """What stands for the names in a command, and the folders to type it in."""
+    person = tmp_path_factory.mktemp("person")
+    (person / "imagenette").symlink_to(data)
+    names = {"NAME": one.name, "A": two.name, "B": two.name, "DIR": f"'{data}'"}
+    return person, names, {"root": ROOT, "elsewhere": tmp_path_factory.mktemp("some where")}
+
+
+@pytest.mark.parametrize("place", ["root", "elsewhere"])
+@pytest.mark.parametrize("command", RUN)
+def test_printed_commands_work(command, place, places, data, tmp_path):
+    person, names, folders = places
+    more, says = RUN[command]
+    words = re.sub(r"\b(NAME|A|B|DIR)\b", lambda name: names[name[0]], command).replace("PACKED", f"'{tmp_path / 'packed'}'")
+    words = words.replace("/folder/of/imagenette", "").replace("runs/", f"{tmp_path}/")
+    if place == "elsewhere":
+        words = words.replace("nbs/", f"{ROOT}/nbs/").replace("make ", f"make -C {ROOT} ")
+    new = re.sub(r"\W+", "-", f"{command} {place}")[:60].strip("-")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(person)}
+    words += more.replace("{new}", new).replace("{data}", str(data) if "make" in command else f"'{data}'")
+    done = subprocess.run(
+        ["bash", "-c", words], cwd=folders[place], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert bool(done.returncode) == (command in FAILS), done.stdout[-3000:] + done.stderr[-3000:]
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if " train " in command and command not in FAILS and "papermill" not in command:
+        assert launch.read_status(launch.run_path(new))["status"] == "completed"
