@@ -52,7 +52,9 @@ def _ghost_norms(network: nn.Module) -> list[GhostBatchNorm2d]:
 def take_running_stats(network: nn.Module) -> torch.Tensor:  # (2 * channels of all norms + 1,) int64
     "The waiting statistics, summed over this rank's microbatches in fixed point, then how many are not representable; none waits afterwards."
     norms = _ghost_norms(network)
-    microbatches = [torch.cat([stats.flatten() for stats in microbatch]) for microbatch in zip(*(norm.waiting for norm in norms), strict=True)]
+    microbatches = [
+        torch.cat([stats.flatten() for stats in microbatch]) for microbatch in zip(*(norm.waiting for norm in norms), strict=True)
+    ]
     for norm in norms:
         norm.waiting = []
     if not microbatches:
