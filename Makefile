@@ -3,10 +3,14 @@ PYTHON ?= python3
 # the build that this project is tested with; for Volta (p3), which it has no kernels for: torch==2.10.0 torchvision==0.25.0
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
+NBCONVERT := ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN
 
-.PHONY: setup train test lab tensorboard export readme sync clean
+.PHONY: help setup train lab tensorboard test test-fast typecheck proofs export readme sync clean
 
-setup: .venv/done
+help:  # this list
+	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/done  # install everything into .venv; every other target does it first
 
 .venv/done: settings.ini setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; use make PYTHON=/path/to/python3")'
@@ -15,36 +19,50 @@ setup: .venv/done
 	touch $@
 
 # make train hw=cpu2 recipe=imagenette name=first data_dir=/pictures seed=1 numerics=close overrides='{epochs: 2}'
-train: setup
+train: setup  # train, into runs/NAME; hw= recipe= name= data_dir= seed= numerics= overrides= say what and where
 	$(BIN)/resnet-nb train $(foreach p,hw recipe name data_dir numerics,$(if $($(p)),-r $(p) '$($(p))')) \
 	  $(if $(seed),-p seed '$(seed)') $(if $(overrides),-y 'overrides: $(overrides)')
 
-test: setup
-	$(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest
-
-lab: setup
+lab: setup  # open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
 
-tensorboard: setup
+tensorboard: setup  # show the curves of all runs side by side
 	$(BIN)/tensorboard --logdir runs
 
-export: setup
+test: setup  # every notebook from top to bottom, types, style, then all tests
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/mypy
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest
+
+test-fast: setup  # every notebook, then the quick tests: what a change of one notebook needs
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest $(addprefix tests/test_,repository.py sampler.py stream.py proofs.py damaged_data.py)
+
+typecheck: setup  # types alone
+	$(BIN)/mypy
+
+# they write their own outputs; the benchmarks want a quiet machine and real photos
+proofs: setup  # make the proof of exactness again, in place; with $IMAGENETTE_DIR the benchmarks, too
+	cd nbs/proofs && $(NBCONVERT) exactness.ipynb
+	if [ -n "$$IMAGENETTE_DIR" ]; then cd nbs/proofs && $(NBCONVERT) bench_data.ipynb bench_step.ipynb; fi
+	$(BIN)/nbdev_clean
+
+export: setup  # write resnet_nb/ from the notebooks
 	$(BIN)/nbdev_export
 
-readme: setup
+readme: setup  # write README.md from nbs/index.ipynb
 	cd nbs && ../$(BIN)/jupyter nbconvert --to markdown --log-level WARN --output-dir .. --output README \
 	  --NbConvertApp.output_files_dir=nbs/images --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=hide-input index.ipynb
 
-# what the notebooks say and what is committed are the same
-sync: setup
-	rm -f resnet_nb/*.py
+sync: setup  # make all that is generated anew: is what the notebooks say what is committed?
+	find resnet_nb -name '*.py' -delete
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(MAKE) --no-print-directory readme
 	git status --porcelain --untracked-files=all -- nbs resnet_nb README.md | tee .venv/sync
 	@test ! -s .venv/sync || { echo 'out of sync: commit the files above, they are what the notebooks say'; exit 1; }
 
-clean:
+clean:  # remove .venv
 	rm -rf .venv

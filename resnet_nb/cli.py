@@ -160,7 +160,7 @@ def plot(run):
 @main.command()
 @click.argument("run", callback=lambda context, option, value: _find_run(value))
 def follow(run):
-    "Show RUN, a line an epoch, until it ends. Ctrl-C stops the run; it saves first."
+    "Show RUN, one line per epoch, until it ends. Ctrl-C stops the run; it saves first."
     try:
         launch.follow(run, click.echo)
     except KeyboardInterrupt:

@@ -101,6 +101,36 @@ def test_stopped_in_mid_epoch_and_resumed_on_another_world_size_is_the_same(make
     assert validation(run_dir) == validation(reference)
 
 
+def stopped_at_once(config):
+    run_dir = launch.start(config)
+    launch.stop(run_dir)
+    launch.follow(run_dir)
+    return run_dir
+
+
+def test_an_exact_run_is_not_resumed_in_another_numerics_class(make_config, reference):
+    def config(**more):
+        return make_config("other-class", numerics="exact", devices=1, **(SHORT | more))
+
+    run_dir = stopped_at_once(config())
+    with pytest.raises(launch.RunFailed, match="threads_per_rank was 1, is 2; exact numerics can't promise the same bits then"):
+        launch.train(config(precision="bf16-mixed", num_threads=2))
+    launch.train(config())  # as it was
+    assert tensors(run_dir) == tensors(reference)
+    assert "numerics class" not in (run_dir / "train.log").read_text()
+
+
+def test_a_close_run_goes_on_in_another_numerics_class_and_says_so(make_config):
+    config = make_config("close-class", "local", **SHORT)
+    run_dir = stopped_at_once(config)
+    launch.train(make_config("close-class", "local", **(SHORT | {"num_threads": 2})))
+    said = "goes on under another numerics class: threads_per_rank was 1, is 2"
+    assert (run_dir / "train.log").read_text().count(said) == 1
+    assert ["warning" in attempt for attempt in read_json(run_dir / "manifest.json")["attempts"]] == [False, True]
+    verified = CliRunner().invoke(cli.main, ["verify", "close-class"])
+    assert "attempt 2 ran under another numerics class: threads_per_rank was 1, then 2" in verified.output and verified.exit_code == 0
+
+
 # Where a rank kills itself, in its second epoch: a patch of the worker, run instead of `-m resnet_nb.run.worker`
 KILL = """
 import functools, os, signal, sys

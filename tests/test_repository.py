@@ -1,71 +1,48 @@
 """The repository holds together: versions, imports between rooms, notebooks, links, and the generated package."""
 
 import ast
-import configparser
-import graphlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
 
 from resnet_nb.config import Parameters
 
-ROOT = Path(__file__).resolve().parent.parent
-PLACES = "nbs/**/*.ipynb resnet_nb/**/*.py tests/**/*.py runs/*.md *.md *.py *.ini *.toml *.yml Makefile .ci/run .github/**/*.yml"
-PATHS = [path for place in PLACES.split() for path in sorted(ROOT.glob(place)) if ".ipynb_checkpoints" not in path.parts]
-TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
-NOTEBOOKS = {name: json.loads(text) for name, text in TEXTS.items() if name.endswith(".ipynb")}
-# module: its notebook; nbs/data/00_index.ipynb is data.index
-EXPORTING = {re.sub(r"\d\d_", "", name[4:-6]).replace("/", "."): name for name in NOTEBOOKS if re.search(r"/\d\d_", name)}
-MODULES = {name[10:-3].replace("/", "."): text for name, text in TEXTS.items() if re.match(r"resnet_nb/(\w+/)?[^_]\w+\.py", name)}
-PARSER = configparser.ConfigParser(delimiters=["="])
-PARSER.read_string(TEXTS["settings.ini"])
-SETTINGS = dict(PARSER["DEFAULT"])
 
-
-def finds_nothing_in(things: dict, broken: list, fine: list = ()):
-    "Makes a function that lists the faults of a thing a test: there are none in `things`; and, its control, some in each of `broken`."
-
-    def decorate(faults):
-        def test():
-            assert {name: found for name, thing in things.items() if (found := faults(thing))} == {}
-            assert [bool(faults(thing)) for thing in (*broken, *fine)] == [True] * len(broken) + [False] * len(fine)
-
-        return test
-
-    return decorate
-
-
-def texts(notebook: dict, directive: str = "", kind: str = "code") -> dict[str, str]:
+def sources(notebook: dict, directive: str = "", kind: str = "code") -> dict[str, str]:
     "Ids and sources of the cells of a kind, or of those with `#| directive`."
     found = {cell["id"]: "".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind}
     return {name: text for name, text in found.items() if not directive or re.search(rf"^#\| *{directive}\b", text, re.M)}
 
 
-# --- versions and settings -------------------------------------------------------------------------------------------
-
-
-def conda_differs(settings: dict) -> list[str]:
-    "Where environment.yml says something else than settings.ini."
-    *conda, pip = yaml.safe_load(TEXTS["environment.yml"])["dependencies"]
-    wanted = {*f"{settings['requirements']} {settings['imagenet_requirements']} {settings['dev_requirements']}".split(), "-e ."}
-    return sorted({*pip["pip"]} ^ wanted | {*conda} ^ {f"python>={settings['min_python']},<3.14", "pip", "make"})
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = "nbs/**/*.ipynb resnet_nb/**/*.py tests/**/*.py runs/*.md *.md *.py *.ini *.toml *.yml Makefile .ci/run .github/**/*.yml"
+PATHS = [path for place in PLACES.split() for path in sorted(ROOT.glob(place)) if ".ipynb_checkpoints" not in path.parts]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
+SETTINGS = dict(re.findall(r"^(\w+) = (.*)$", TEXTS["settings.ini"], re.M))
+NOTEBOOKS = {name: json.loads(text) for name, text in TEXTS.items() if name.endswith(".ipynb")}
+# module: its notebook, nbs/data/00_index.ipynb for data.index; and all that this exports
+EXPORTING = {re.sub(r"\d\d_", "", name[4:-6]).replace("/", "."): name for name in NOTEBOOKS if re.search(r"/\d\d_", name)}
+MODULES = {module: "\n".join(sources(NOTEBOOKS[name], "export").values()) for module, name in EXPORTING.items()}
 
 
 def test_conda_and_pip_install_the_same_versions():
-    assert conda_differs(SETTINGS) == []
+    def differs(settings: dict) -> list[str]:
+        *conda, pip = yaml.safe_load(TEXTS["environment.yml"])["dependencies"]
+        wanted = {*f"{settings['requirements']} {settings['imagenet_requirements']} {settings['dev_requirements']}".split(), "-e ."}
+        return sorted({*pip["pip"]} ^ wanted | {*conda} ^ {f"python>={settings['min_python']},<3.14", "pip", "make"})
+
+    assert differs(SETTINGS) == []
     for old, new in (("tqdm>=4.66", "tqdm>=4.65"), ("scipy>=1.13", "scipy>=1.12"), ("ruff>=0.9", "ruff")):
-        assert conda_differs({key: text.replace(old, new) for key, text in SETTINGS.items()}) == sorted([old, new])
-    assert conda_differs(SETTINGS | {"min_python": "3.12"}) == ["python>=3.11,<3.14", "python>=3.12,<3.14"]
-    assert set(SETTINGS["imagenet_requirements"].split()) < set(SETTINGS["dev_requirements"].split())  # [dev] runs all tests
+        assert differs({key: text.replace(old, new) for key, text in SETTINGS.items()}) == sorted([old, new])
+    assert differs(SETTINGS | {"min_python": "3.12"}) == ["python>=3.11,<3.14", "python>=3.12,<3.14"]
+    assert {*SETTINGS["imagenet_requirements"].split()} < {*SETTINGS["dev_requirements"].split()}  # [dev] runs all tests
 
 
 def test_settings_keep_tags_and_clean_the_rest():
@@ -73,86 +50,70 @@ def test_settings_keep_tags_and_clean_the_rest():
     assert [SETTINGS[name] for name in names.split()] == ["tags", "papermill", "True", "False", "notest", "True", "True"]
 
 
-# --- imports ---------------------------------------------------------------------------------------------------------
-
-ROOMS = [{"cli"}, {"results"}, {"run"}, {"learn", "data"}, {"config", "seed", "schedule", "files"}]  # each imports only lower ones
+ROOMS = [{"cli"}, {"results"}, {"run"}, {"learn", "data"}, {"config", "seed", "schedule", "files"}]  # each imports only later ones
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
 KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[-1]
 KERNEL_SIDE |= {"run.folder", "run.checkpoints", "run.plan", "run.launch", "results.plots", "results.compare"}
 HEAVY = {"torch", "torchvision", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning", "tensorboard", "papermill"}
 
 
-def imported(text: str, module: str = "") -> set[str]:
-    "All that the source of `module` imports, in functions too, by full names: of `from a import b` both a and a.b."
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom):
-            above = ["resnet_nb", *module.split(".")][: -node.level] if node.level else []
-            base = ".".join([*above, *filter(None, [node.module])])
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
-        found |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
-    return found
+def arrows(text: str) -> set[str]:
+    "The modules of the package that a notebook's code imports, in functions too."
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {f"{getattr(node, 'module', '')}.{alias.name}".strip(".") for node in nodes for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return {module for module in MODULES if f"resnet_nb.{module}" in names}
 
 
-def arrows(text: str, module: str = "") -> set[str]:
-    "The modules of the package that a module imports."
-    return {name[10:] for name in imported(text, module) if name.startswith("resnet_nb.")} & MODULES.keys()
+def test_rooms_import_only_what_lies_below_them_so_there_is_no_cycle():
+    def leads_down(module: str, other: str) -> bool:
+        room, below = module.split(".")[0], other.split(".")[0]
+        ordered = EXPORTING[module] > EXPORTING[other] if room == below else LEVELS[room] < LEVELS[below]
+        return ordered or (module, other) == ("schedule", "config")
 
-
-def leads_down(module: str, other: str) -> bool:
-    room, below = module.split(".")[0], other.split(".")[0]
-    ordered = EXPORTING[module] > EXPORTING[other] if room == below else LEVELS[room] < LEVELS[below]
-    return ordered or (module, other) == ("schedule", "config")
-
-
-def test_rooms_import_only_what_lies_below_them():
-    found = {module: arrows(text, module) for module, text in MODULES.items()}
-    pairs = {(module, other) for module in found for other in found[module]}
+    found = [(module, other) for module, text in MODULES.items() for other in arrows(text)]
     for room in LEVELS:
-        print(f"{room:<8} →", *sorted({other.split(".")[0] for module, other in pairs if module.split(".")[0] == room} - {room}))
-    assert sorted(pair for pair in pairs if not leads_down(*pair)) == []
-    upwards = ("run.plan", "results.plots"), ("learn.module", "data.index"), ("data.index", "data.formats"), ("seed", "config")
-    assert not any(leads_down(*pair) for pair in upwards) and leads_down("cli", "run.plan")
-    graphlib.TopologicalSorter(found).prepare()
-    with pytest.raises(graphlib.CycleError):
-        graphlib.TopologicalSorter(found | {"config": {"cli"}}).prepare()
-    text = (
-        "def f():\n    from ..data import index\n    from .folder import x\n    import resnet_nb.cli\n    from resnet_nb.run import plan\n"
-    )
-    assert arrows(text, "run.launch") == {"data.index", "run.folder", "cli", "run.plan"} and arrows("import torch, cli") == set()
-
-
-def heavy_after_importing(names: list[str], folder: Path = ROOT) -> list[str]:
-    "Which heavy packages a fresh Python has loaded after importing `names`."
-    code = f"import sys, {', '.join(names)}; print(*{{name.split('.')[0] for name in sys.modules}} & {HEAVY!r})"
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        into = {other.split(".")[0] for module, other in found if module.split(".")[0] == room} - {room}
+        print(f"{room:<8} → {', '.join(name for name in LEVELS if name in into)}")
+    assert sorted(arrow for arrow in found if not leads_down(*arrow)) == []
+    upwards = "run.plan results.plots", "learn.module data.index", "data.index data.formats", "seed config", "config schedule"
+    assert not any(leads_down(*pair.split()) for pair in upwards) and leads_down("cli", "run.plan")
+    text = "def f():\n    from resnet_nb.data.index import Index\n    import resnet_nb.cli\nfrom resnet_nb.run import plan, launch\nimport torch"
+    assert arrows(text) == {"data.index", "cli", "run.plan", "run.launch"}
 
 
 def test_the_kernel_side_loads_neither_torch_nor_lightning(tmp_path):
-    assert heavy_after_importing([f"resnet_nb.{name}" for name in sorted(KERNEL_SIDE)]) == []
+    after = f"\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}} & {HEAVY!r})"
+    heavy = lambda code, cwd: subprocess.check_output([sys.executable, "-c", code + after], cwd=cwd, text=True, timeout=60).split()
+    assert heavy("\n".join(f"import resnet_nb.{module}" for module in sorted(KERNEL_SIDE)), ROOT) == []
     (tmp_path / "torch.py").touch()  # a stand-in: the real one takes seconds
-    assert heavy_after_importing(["torch"], tmp_path) == ["torch"]
-    page = "\n".join(texts(NOTEBOOKS["nbs/train.ipynb"]).values())
-    assert "run.plan" in arrows(page) and arrows(page) <= KERNEL_SIDE and not {name.split(".")[0] for name in imported(page)} & HEAVY
-    # the worker is reached only by command line
-    assert "resnet_nb.run.worker" in MODULES["run.launch"] and "run.worker" not in arrows(MODULES["run.launch"], "run.launch")
+    assert heavy("import torch", tmp_path) == ["torch"]
+    assert "resnet_nb.run.worker" in MODULES["run.launch"] and "run.worker" not in arrows(MODULES["run.launch"])  # by command line only
 
 
-@finds_nothing_in(MODULES, ["seed.torch_seed(0, 'mixup', step)", "seed_key(seed, f'{a}')"], ["seed_key(seed, ORDER, 1)", "print('x')"])
-def test_words_of_keys_stand_in_one_table_in_seed(text):
-    calls = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    return [call for call in calls if re.match(r"""([\w.]+\.)?(seed_key|torch_seed)\(.*["']""", call)]
+def test_the_training_notebook_holds_all_parameters_and_imports_only_the_kernel_side():
+    cells = sources(NOTEBOOKS["nbs/train.ipynb"])
+    page = "\n".join(cells.values())
+    assert "run.plan" in arrows(page) and arrows(page) <= KERNEL_SIDE and not re.search(rf"import ({'|'.join(HEAVY)})\b", page)
+    lines = ast.parse(cells["parameters"]).body  # `name: type = value`, nothing else
+    assigned = {line.target.id: ast.literal_eval(line.value) for line in lines}
+    assert assigned == Parameters().model_dump() != assigned | {"seed": 1}
 
 
-CALLBACKS = {name: MODULES[name] for name in ("run.recording", "run.stopping")}
+def test_words_of_keys_stand_in_one_table_in_seed():
+    def literal(text: str) -> list[str]:
+        calls = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        return [call for call in calls if re.match(r"([\w.]+\.)?(seed_key|torch_seed)\(.*[\"']", call)]
+
+    assert {module: found for module, text in MODULES.items() if (found := literal(text))} == {}
+    assert literal("seed_key(0, ORDER, 1)\nseed.torch_seed(0, 'mixup')\nprint('x')") == ["seed.torch_seed(0, 'mixup')"]
 
 
-@finds_nothing_in(CALLBACKS, ["a.trainer.callbacks[0]", "trainer.checkpoint_callback.x"], ["trainer.callback_metrics"])
-def test_callbacks_never_reach_for_another_callback(text):
-    return re.findall(r"trainer\.(?:\w*callbacks?|_callback_connector)\b", text)
+def test_callbacks_never_reach_for_another_callback():
+    other = r"trainer\.(?:\w*callbacks?|_callback_connector)\b"
+    assert re.findall(other, MODULES["run.recording"] + MODULES["run.stopping"]) == []
+    assert len(re.findall(other, "trainer.callbacks[0], module.trainer.checkpoint_callback.x, trainer.callback_metrics")) == 2
 
-
-# --- notebooks -------------------------------------------------------------------------------------------------------
 
 LONG = {  # exported cells of more than 45 lines, and why they stay whole
     "data.index Index": "how one picture is found, read and named",
@@ -165,43 +126,112 @@ LONG = {  # exported cells of more than 45 lines, and why they stay whole
 
 
 def test_exported_cells_fit_on_a_screen():
-    exported = {module: texts(NOTEBOOKS[path], "export").items() for module, path in EXPORTING.items()}
+    exported = {module: sources(NOTEBOOKS[path], "export").items() for module, path in EXPORTING.items()}
     long = {f"{module} {name}": n for module in exported for name, text in exported[module] if (n := len(text.splitlines())) > 45}
     print("\n".join(f"{count} lines: {name}" for name, count in long.items()))
     assert {name: long.get(name, "is short now: remove it from LONG") for name in long.keys() ^ LONG.keys()} == {}
 
 
-def test_each_numbered_notebook_exports_the_module_of_its_name():
-    to = {name: [text.split()[2] for text in texts(notebook, "default_exp").values()] for name, notebook in NOTEBOOKS.items()}
-    assert {name: modules for name, modules in to.items() if modules} == {name: [module] for module, name in EXPORTING.items()}
-    imports = {name: "imports" in exported for name, notebook in NOTEBOOKS.items() if (exported := texts(notebook, "export"))}
-    assert imports == dict.fromkeys(EXPORTING.values(), True) and EXPORTING.keys() == MODULES.keys()
+def test_numbered_notebooks_and_no_others_export_the_module_of_their_name():
+    to = {name: re.findall(r"^#\| default_exp (.*)$", "\n".join(sources(book).values()), re.M) for name, book in NOTEBOOKS.items()}
+    assert to == {name: [] for name in NOTEBOOKS} | {name: [module] for module, name in EXPORTING.items()}
+    assert {name for name, book in NOTEBOOKS.items() if "imports" in sources(book, "export")} == {*EXPORTING.values()}
 
 
-PASSING = r'/(?:home|Users|root|work|tmp|private|var/folders)/|Warning|0x[0-9a-fA-F]{4,}\b(?!\.)|"stderr"'
-MADE = r"[0-9a-f]{8}(-[0-9a-f-]{27})?|(?![A-Za-z_][\w-]*$).*"  # ids by an editor: 8 hexadecimal digits, or a UUID
-
-
-def cleaned(notebook: dict, keep: str = SETTINGS["allowed_cell_metadata_keys"]) -> dict:
-    "What nbdev_clean makes of it; it is run by `make sync`, by pre-commit, and by JupyterLab with nbdev's hooks."
-    clean_nb(notebook := json.loads(json.dumps(notebook)), False, SETTINGS["allowed_metadata_keys"].split(), keep.split(), True)
-    return notebook
-
-
-def faults(text: str) -> dict[str, list]:
-    "What a notebook should not have, given its file's text."
-    cells, exported = json.loads(text)["cells"], texts(json.loads(text), "export")
-    ids, shown = [cell["id"] for cell in cells], {cell["id"]: json.dumps(cell["outputs"]) for cell in cells if cell.get("outputs")}
-    template = any(re.search(r"^skip_exec: *true$", raw, re.M) for raw in texts(json.loads(text), kind="raw").values())
-    no_pictures = re.sub(r'"image/(?!svg)[^"]*": ("[^"]*"|\[[^\]]*\])', "", " ".join(shown.values()))  # their encoding may contain anything
-    tagged = [cell["id"] for cell in cleaned(json.loads(text))["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+def faults(notebook: dict) -> dict:
+    "What a notebook that is committed should not have."
+    ids, exported, copy = [cell["id"] for cell in notebook["cells"]], sources(notebook, "export"), json.loads(json.dumps(notebook))
+    text = nb2str(copy)
+    clean_nb(copy, False, SETTINGS["allowed_metadata_keys"].split(), SETTINGS["allowed_cell_metadata_keys"].split(), True)
+    tagged = {cell["id"] for cell in copy["cells"] if "parameters" in cell["metadata"].get("tags", [])}
+    template = any(re.search(r"^skip_exec: *true$", text, re.M) for text in sources(notebook, kind="raw").values())
+    outputs = json.dumps([cell["outputs"] for cell in notebook["cells"] if cell.get("outputs")])
+    printed = re.sub(r'"image/(?!svg)[^"]*": ("[^"]*"|\[[^\]]*\])', "", outputs)  # the encoding of a picture may hold anything
     found = {
         "ids there twice": [name for name in ids if ids.count(name) > 1],
-        "ids nobody chose": [name for name in exported if re.fullmatch(MADE, name)],
-        "paths, warnings, addresses": re.findall(PASSING, no_pictures),
-        "outputs of a template": list(shown) if template else [],
-        "untagged parameters": ["parameters"] if ("parameters" in ids) != (tagged == ["parameters"]) else [],
-        "what nbdev_clean removes": ["metadata"] if nb2str(cleaned(json.loads(text))) != text else [],
-        "200 kB": [len(text)] if len(text.encode()) >= 200_000 else [],
+        "ids of an editor": [name for name in exported if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f-]{27})?|(?![A-Za-z_][\w-]*$).*", name)],
+        "passing output": re.findall(r'/(?:home|Users|root|work|tmp|private|var/folders)/|Warning|0x[\da-f]{4,}\b(?!\.)|"stderr"', printed),
+        "outputs of a template": template and outputs != "[]",
+        "parameters without their tag": {"parameters"} & {*ids} ^ tagged,
+        "what nbdev_clean changes": nb2str(copy) != text,
+        "200 kB": len(text.encode()) >= 200_000,
     }
     return {name: what for name, what in found.items() if what}
+
+
+def book(*cells: dict, **output) -> dict:
+    "A notebook for a control; its cells say what is not as usual."
+    usual = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "source": "#| export"}
+    cells = [usual | {"outputs": [output] * bool(output)} | cell for cell in cells or [{}]]
+    return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+
+
+def test_notebooks_have_no_faults():
+    assert {name: found for name, notebook in NOTEBOOKS.items() if (found := faults(notebook))} == {}
+    tagged, template = {"metadata": {"tags": ["parameters"]}}, {"cell_type": "raw", "source": "---\nskip_exec: true\n---"}
+    passing = ("/home/me/x", "['/Users/me']", "/tmp/run", "UserWarning: no", "<f at 0x7f3a>")
+    broken = {
+        "ids there twice": [book({}, {})],
+        "ids of an editor": [book({"id": name}) for name in ("a3f0c1d2", "07637414", "a3f0c1d2-19f4-4d7e-9a51-0f3b2c4d5e6f", "")],
+        "passing output": [book(text=["a\n", text]) for text in passing] + [book(name="stderr"), book(data={"text/html": passing[0]})],
+        "outputs of a template": [book(template, {"id": "b", "outputs": [{}]})],
+        "parameters without their tag": [book({"id": "parameters"}), book(tagged)],
+        "what nbdev_clean changes": [book({"metadata": {"scrolled": True}}), book({"execution_count": 3})],
+        "200 kB": [book({"source": "x" * 200_000})],
+    }
+    assert [name for name, books in broken.items() for notebook in books if name not in faults(notebook)] == []
+    assert faults(book(tagged | {"id": "parameters"}, data={"image/png": "/tmp/0x7f3a", "text/plain": "runs/a, 10x, 2/3"})) == {}
+
+
+def test_relative_links_lead_to_files():
+    def dead(name: str, text: str) -> list[str]:
+        folder = ROOT if name == "nbs/index.ipynb" else (ROOT / name).parent  # the index becomes README.md, and links from there
+        links = map("".join, re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=[\"']([^\"']+)", text))
+        return [link for link in links if not re.match(r"\w+:|#", link) and not (folder / link.split("#")[0]).exists()]
+
+    pages = {name: text for name, text in TEXTS.items() if name.endswith(".md")}
+    pages |= {name: "\n".join(sources(notebook, kind="markdown").values()) for name, notebook in NOTEBOOKS.items()}
+    assert {name: found for name, text in pages.items() if (found := dead(name, text))} == {}
+    assert dead("a.md", '![a](b.md) <img src="c.png"> [d](nbs/index.ipynb#e) [f](https://g.h/i) [j](#k)') == ["b.md", "c.png"]
+    assert dead("nbs/a.ipynb", "[a](nbs/index.ipynb) [b](index.ipynb)") == ["nbs/index.ipynb"]
+
+
+def test_sources_have_no_unfinished_notes():
+    unfinished = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b")
+    assert [name for name, text in TEXTS.items() if unfinished.search(text)] == []
+    assert unfinished.search("x = 1  # TO" + "DO") and unfinished.search("FIX" + "ME: y")
+
+
+def test_make_has_the_targets_that_are_promised():
+    has = {*re.findall(r"^([a-z-]+):(?!=)", TEXTS["Makefile"], re.M)}
+    promised = re.compile(r"`make ([a-z-]+)\b|^ *(?:- run: )?make ([a-z-]+)(?=$| +#| +\w+=)", re.M)
+    wanted = {
+        name: {*map("".join, promised.findall(text))} for name, text in TEXTS.items() if name.endswith((".md", "test.yml", ".ci/run"))
+    }
+    assert {name: targets - has for name, targets in wanted.items() if targets - has} == {}
+    assert ["".join(found) for found in promised.findall("`make tea`, make coffee\nmake sure that\n    make cake x=1")] == ["tea", "cake"]
+
+
+def test_ci_runs_only_make():
+    steps = yaml.safe_load(TEXTS[".github/workflows/test.yml"])["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make test", "make sync"] and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert all(yaml.safe_load(text) for name, text in TEXTS.items() if name.endswith(".yml"))
+    assert re.findall(r"^(?!#|set |cd |$).*", TEXTS[".ci/run"], re.M) == [
+        "make setup",
+        "make sync",
+        "make test",
+    ]  # pytest's summary is last
+
+
+def test_the_package_is_what_the_notebooks_export(tmp_path):
+    changed = TEXTS["nbs/01_seed.ipynb"].replace("import numpy as np", "import numpy as np  # changed", 1)  # the control
+    for name, text in (TEXTS | {"nbs/01_seed.ipynb": changed}).items():
+        if name in NOTEBOOKS or name == "settings.ini":
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text, encoding="utf-8")
+    nbdev_export = Path(sys.executable).with_name("nbdev_export")
+    subprocess.run([nbdev_export], cwd=tmp_path, env=os.environ | {"IN_TEST": ""}, timeout=60, check=True)
+    exported = {path.relative_to(tmp_path).as_posix(): path.read_text(encoding="utf-8") for path in tmp_path.glob("resnet_nb/**/*.py")}
+    package = {name: text for name, text in TEXTS.items() if name.startswith("resnet_nb/")}
+    assert [name for name in sorted(exported | package) if exported.get(name) != package.get(name)] == ["resnet_nb/seed.py"]
+    assert exported["resnet_nb/seed.py"].replace("  # changed", "", 1) == package["resnet_nb/seed.py"], "run `make export`"

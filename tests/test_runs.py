@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import NUM_VAL, SMALL, STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,6 +24,13 @@ def values(run_dir, event, name):
 def test_two_ranks_count_each_validation_picture_once(one, two):
     assert values(one, "val", "val/seen") == values(two, "val", "val/seen") == [NUM_VAL] * 3
     assert values(two, "epoch", "train/seen") == [96] * 3
+
+
+def test_accuracies_are_quotients_of_counts_to_the_last_bit(two):
+    accuracies = values(two, "val", "val/acc")
+    assert accuracies == [round(value * NUM_VAL) / NUM_VAL for value in accuracies]
+    assert float(np.float32(7 / NUM_VAL)) != 7 / NUM_VAL  # a float32 on the way would be seen
+    assert read_json(two / "metrics.json")["best"]["val/acc"] == max(accuracies)
 
 
 def test_two_ranks_learn_what_one_learns(one, two, make_config):

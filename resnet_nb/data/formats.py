@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'WNID', 'IMAGENETTE', 'TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'PACK_VERSION', 'Found', 'by_class', 'is_picture',
-           'known_titles', 'index_folder', 'find_folders', 'find_kaggle', 'read_devkit', 'find_tars', 'find_parquet',
-           'list_pack', 'find_pack', 'damaged_parts', 'find_pictures']
+           'is_imagenet', 'known_titles', 'index_folder', 'find_folders', 'find_kaggle', 'read_devkit', 'find_tars',
+           'find_parquet', 'list_pack', 'find_pack', 'damaged_parts', 'find_pictures']
 
 # %% ../../nbs/data/01_formats.ipynb #imports
 import csv
@@ -18,7 +18,7 @@ import stat
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,13 +58,19 @@ IMAGENETTE = dict(
 )  # fmt: skip
 
 
+def is_imagenet(classes: Iterable[str]) -> bool:
+    "Whether these are the thousand classes of ILSVRC2012, by WNID."
+    classes = set(classes)
+    return len(classes) == 1000 and (min(classes), max(classes)) == ("n01440764", "n15075141")
+
+
 def known_titles(data_dir: Path, keys: list[str]) -> dict[str, str]:
     "Titles of classes, by WNID: from a file beside the data, else those of ImageNet's thousand or Imagenette's ten."
     for file in (data_dir / "LOC_synset_mapping.txt", data_dir / "synset_words.txt"):
         if file.exists():
             lines = (line.partition(" ") for line in file.read_text(encoding="utf-8", errors="replace").splitlines())
             return {key: words.split(",")[0].strip() for key, _, words in lines}
-    if len(keys) == 1000 and (min(keys), max(keys)) == ("n01440764", "n15075141"):
+    if is_imagenet(keys):
         code = "import json; from torchvision.models import ResNet18_Weights as W; print(json.dumps(W.IMAGENET1K_V1.meta['categories']))"
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if answer.returncode == 0:

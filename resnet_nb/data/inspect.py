@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ODD', 'MODES', 'FORMATS', 'ORIENTATION', 'CHUNK', 'IMAGENET', 'Picture', 'examine', 'inspect_split', 'duplicates',
-           'strays', 'is_imagenet', 'compare_with_imagenet', 'inspect_data', 'problems', 'summary']
+           'strays', 'compare_with_imagenet', 'inspect_data', 'problems', 'summary']
 
 # %% ../../nbs/data/04_inspect.ipynb #imports
 import hashlib
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from .formats import damaged_parts, is_picture
+from .formats import damaged_parts, is_imagenet, is_picture
 from .index import Index, cache_dir, fingerprint, in_parallel
 from .splits import BAD, list_data
 from .transforms import TooLarge, decode
@@ -179,11 +179,6 @@ IMAGENET = {
     "misnamed": _jpegs("n02105855_2933"),
     "greyscale": (0.01, 0.03),  # share of the training pictures
 }
-
-
-def is_imagenet(classes: list[str]) -> bool:
-    "Whether these are the classes of ILSVRC2012."
-    return len(classes) == 1000 and (classes[0], classes[-1]) == ("n01440764", "n15075141")
 
 
 def compare_with_imagenet(splits: dict[str, dict], known: dict = IMAGENET) -> dict[str, str]:

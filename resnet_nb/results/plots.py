@@ -142,7 +142,7 @@ def save_plot(run_dir: str | Path) -> Path:
 
 # %% ../../nbs/results/00_plots.ipynb #plot_sizes
 def plot_sizes(report: dict) -> Figure:
-    "Short sides of the pictures, and pictures a class, of both splits."
+    "Short sides of the pictures, and pictures per class, of both splits."
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
     for split, facts in report["splits"].items():
         if facts["short_side"]:

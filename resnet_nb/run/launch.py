@@ -185,7 +185,7 @@ def _details(run_dir: Path, attempt: int) -> str:
 # %% ../../nbs/run/06_launch.ipynb #follow
 def follow(
     run_dir: Path,
-    show: Callable[[str], None] = print,  # gets a line an epoch
+    show: Callable[[str], None] = print,  # gets one line per epoch
     on_epoch: Callable[[], None] = lambda: None,  # called after new lines
     history: bool = True,  # begin with the epochs that are done
 ) -> dict:

@@ -1,8 +1,8 @@
-"""What `exact` costs over `close`, and `close` over plain Lightning DDP: seconds a step, side by side, as ratios of medians.
+"""What `exact` costs over `close`, and `close` over plain Lightning DDP: seconds per step, side by side, as ratios of medians.
 
     .venv/bin/python tests/bench/exact_cost.py DATA_DIR [ROUNDS]
 
-Two CPU processes, resnet18, 96 px, four microbatches of 16 a rank and step, the same pictures for all. Plain DDP has torchvision's own BatchNorm and its
+Two CPU processes, resnet18, 96 px, four microbatches of 16 per rank and step, the same pictures for all. Plain DDP has torchvision's own BatchNorm and its
 buffers broadcast as by default. Rounds take turns, so that a noisy machine is noisy for all.
 """
 
@@ -109,7 +109,7 @@ def main(data_dir: str, rounds: int = 3) -> None:
             ran = subprocess.run(words, capture_output=True, text=True, check=True)
             times = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("TIMES")).removeprefix("TIMES"))
             seconds[kind].append(median(times))
-            print(f"round {turn + 1} {kind:<6} {seconds[kind][-1]:.3f} s a step", flush=True)
+            print(f"round {turn + 1} {kind:<6} {seconds[kind][-1]:.3f} s per step", flush=True)
     of = {kind: median(values) for kind, values in seconds.items()}
     print(
         f"close / plain DDP: {of['close'] / of['plain']:.3f}   exact / close: {of['exact'] / of['close']:.3f}   (medians of {rounds} rounds of {STEPS} steps)"
