@@ -118,7 +118,6 @@ def test_callbacks_never_reach_for_another_callback():
 LONG = {  # exported cells of more than 45 lines, and why they stay whole
     "data.index Index": "how one picture is found, read and named",
     "data.datamodule ImageNetDataModule": "Lightning's hooks for data",
-    "learn.numerics GradientSum": "the hook and the sum that it fills",
     "learn.module ResNetModule": "Lightning's hooks for a step",
     "run.recording TextLoggingCallback": "the hooks of one callback",
     "run.recording MetricsCallback": "the hooks of one callback",

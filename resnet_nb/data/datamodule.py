@@ -180,7 +180,7 @@ class ImageNetDataModule(L.LightningDataModule):
     def __init__(self, config: RunConfig):
         super().__init__()
         self.config = config
-        self._size = None  # px; where set by hand, it replaces the recipe's plan
+        self._size: int | None = None  # px; where set by hand, it replaces the recipe's plan
 
     def prepare_data(self) -> None:
         prepare_data(self.config.recipe.dataset, self.config.data_dir)

@@ -18,7 +18,7 @@ import stat
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ ENDINGS = (b".jpg", b".jpeg", b".png", b".bmp", b".webp", b".tif", b".tiff", b".
 WNID = re.compile(r"n\d{8}")
 
 
-def by_class(keys: list[str], names: list[bytes], sizes: list[int], container: int, offsets: list[int]) -> list[tuple]:
+def by_class(keys: Sequence[str], names: Sequence[bytes], sizes: Sequence[int], container: int, offsets: Sequence[int]) -> list[tuple]:
     "Rows for `make_index`, one per class, of pictures in any order."
     groups = {}
     for key, *picture in zip(keys, names, sizes, offsets):
@@ -293,7 +293,8 @@ def find_parquet(data_dir: Path) -> Found:
         for number, (keys, names) in enumerate(_keys_and_names(lists, key_of)):
             rows += by_class(keys, names, [0] * len(keys), number, list(range(len(keys))))
         found.append(make_index(folder, "rows", titles, rows, [shard.name for shard in shards]))
-    return Found(*found, watched)
+    train, val = found
+    return Found(train, val, watched)
 
 # %% ../../nbs/data/01_formats.ipynb #list_pack
 def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
@@ -345,7 +346,8 @@ def find_pack(data_dir: Path) -> Found:
             rows += by_class(keys, names, sizes, number, offsets)
         found.append(make_index(data_dir, "spans", about["titles"], rows, files))
         watched += paths
-    return Found(*found, watched)
+    train, val = found
+    return Found(train, val, watched)
 
 # %% ../../nbs/data/01_formats.ipynb #damaged_parts
 def damaged_parts(dst: str | Path) -> list[str]:

@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,10 @@ ARRAYS = ("names", "starts", "lengths", "labels", "sizes", "files", "offsets")
 
 class _Mapped:
     "An index whose arrays are kept on disk: another process gets their place, and maps them when it first asks for one."
+
+    root: str
+    layout: str
+    _saved: tuple[Path, str] | None  # folder and split
 
     def __getstate__(self) -> dict:
         left_out = ("arrays", "labels", "sizes") if self._saved else ()
@@ -228,11 +232,12 @@ def keep_index(data_dir: str | Path, splits: dict[str, Index], watched: Iterable
         return  # something is being removed just now
     if not state or max(changed for _, changed, _ in state) > (seen - 2) * 1e9:
         return
-    about, digest = {"version": VERSION, "splits": {}}, hashlib.sha256()
+    splits_about, digest = {}, hashlib.sha256()
     for split, index in splits.items():
-        about["splits"][split] = {name: getattr(index, name) for name in ("root", "layout", "classes", "titles", "containers")}
+        splits_about[split] = {name: getattr(index, name) for name in ("root", "layout", "classes", "titles", "containers")}
         for array in index.arrays.values():
             digest.update(array)
+    about = {"version": VERSION, "splits": splits_about}
     digest.update(json.dumps(about).encode())
     try:
         home = cache_dir(data_dir)
@@ -286,7 +291,7 @@ def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
     return None
 
 # %% ../../nbs/data/00_index.ipynb #in_parallel
-def in_parallel(function: Callable, items: list, what: str, threads: bool = False) -> Iterator:
+def in_parallel(function: Callable, items: Sequence, what: str, threads: bool = False) -> Iterator:
     "`function` of each of `items`, in order: by 16 threads, or by one process per core."
     from joblib import Parallel, delayed  # only here: data workers import this module, too, and don't need it
     from tqdm import tqdm

@@ -105,7 +105,9 @@ def _examine_some(index: Index, first: int) -> tuple[bytes, list[tuple[int, int,
 
 def _histogram(sides: np.ndarray) -> dict[str, list]:
     "How many sides lie between each two of 33 edges, px, that grow by equal factors; empty where there are none."
-    counts, edges = np.histogram(sides, np.geomspace(sides.min() / 1.05, sides.max() * 1.05, 33)) if len(sides) else ([], [])
+    if not len(sides):
+        return {"count": [], "px": []}
+    counts, edges = np.histogram(sides, np.geomspace(sides.min() / 1.05, sides.max() * 1.05, 33))
     return {"count": [int(count) for count in counts], "px": [round(float(edge), 1) for edge in edges]}
 
 # %% ../../nbs/data/04_inspect.ipynb #inspect_split
@@ -214,7 +216,8 @@ def inspect_data(data_dir: str | Path) -> dict:
     found = list_data(data_dir)  # anew, whatever is kept: a picture that was replaced in place changes no folder
     indexes = {"train": found.train, "val": found.val}
     inspected = {split: inspect_split(index, split) for split, index in indexes.items()}
-    splits, hashes = ({split: both[k] for split, both in inspected.items()} for k in (0, 1))
+    splits = {split: facts for split, (facts, _) in inspected.items()}
+    hashes = {split: sums for split, (_, sums) in inspected.items()}
     same, is_pack = duplicates(indexes, hashes), (data_dir / "pack.json").exists()
     classes = {split: set(index.classes) for split, index in indexes.items()}
     report = {

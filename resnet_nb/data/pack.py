@@ -62,7 +62,7 @@ def write_part(index: Index, first: int, last: int, path: Path, short_side: int,
     chunks = [(start, min(start + CHUNK, last)) for start in range(first, last, CHUNK)]
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for files in in_parallel(lambda chunk: _shrink_some(index, *chunk, short_side, quality), chunks, path.name):
+            for files in in_parallel(lambda chunk: _shrink_some(index, chunk[0], chunk[1], short_side, quality), chunks, path.name):
                 rows = range(at, at + len(files))
                 columns = [[index.classes[index.labels[i]] for i in rows], [index.name(i) for i in rows], files]
                 writer.write_batch(pa.record_batch(columns, schema=schema))

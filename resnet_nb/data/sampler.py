@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
     "One picture of one batch."
 
     epoch: int  # from 0; part of the augmentation's key
-    index: int  # number of the picture in its split; PAD: a place that does not count
+    index: int  # type: ignore[assignment]  # number of the picture in its split; PAD: a place that does not count
     size: int  # side of the square image, px
 
 

@@ -172,7 +172,7 @@ def load_train(
         drawn = [_draw(data, seed_key(seed, AUGMENT, epoch, i), recipe) for epoch, i, _, data in group]
         for (_, i, size, data), (crop, width) in zip(group, drawn):
             pixels = _decoded(data, index, i, fast=True, halve=min(crop.width, crop.height) >= 2 * size)
-            box = crop if pixels.shape[1] == width else Crop(*(side // 2 for side in crop[:4]), crop.flip)
+            box = crop if pixels.shape[1] == width else Crop(crop.left // 2, crop.top // 2, crop.width // 2, crop.height // 2, crop.flip)
             yield train_picture(pixels, box, size, resize), crop
 
 

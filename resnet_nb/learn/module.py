@@ -211,7 +211,8 @@ class ResNetModule(EvaluatedClassifier):
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int):
         super().__init__(config, num_classes)
-        self.steps_per_epoch, self.gradient_sum = steps_per_epoch, None
+        self.steps_per_epoch = steps_per_epoch
+        self.gradient_sum: GradientSum | None = None
         self.mix, self.step_sums = mixing(config.recipe, num_classes), StepSums(self.network, config.recipe.num_microbatches)
 
     def configure_optimizers(self) -> dict:

@@ -7,6 +7,7 @@ __all__ = ['KEEP_MEMORY', 'command', 'first_error', 'supervise', 'RunFailed', 'R
            'epoch_line', 'follow', 'train']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
+import functools
 import json
 import os
 import re
@@ -83,6 +84,11 @@ def _outcome(run_dir: Path, attempt: int, exit_code: int) -> tuple[str, str]:
     return "failed", f"rank {error['rank']} failed (exit code {codes[-1]}): {error['error']}" if error else f"exit code {exit_code}"
 
 # %% ../../nbs/run/06_launch.ipynb #supervise
+def _pass_on(ranks: subprocess.Popen, number, frame) -> None:
+    "What a signal to the supervisor does: the ranks save and stop."
+    ranks.send_signal(signal.SIGTERM)
+
+
 def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
     "Start the ranks, wait, start them again while they get on, and keep run.json true."
     config = load_config(run_dir)
@@ -97,7 +103,7 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
             )  # fmt: skip
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda number, frame, ranks=ranks: ranks.send_signal(signal.SIGTERM))
+                signal.signal(number, functools.partial(_pass_on, ranks))
             begun = {"attempt": attempt, "hw": config.hw, "world_size": config.world_size, "started": utc_now()}
             write_status(run_dir, status="running", reason="", attempts=[*attempts, begun | {"pid": ranks.pid}])
             exit_code = ranks.wait()

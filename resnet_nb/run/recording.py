@@ -171,7 +171,8 @@ class MetricsCallback(L.Callback):
 
     def __init__(self, run_dir: Path, attempt: int):
         self.run_dir, self.attempt, self.clock = Path(run_dir), attempt, EpochClock()
-        self._lr, self._steps, self._fetch = None, [], 1
+        self._lr: float | None = None
+        self._steps, self._fetch = [], 1
 
     def _row(self, trainer, event: str, **values) -> dict:
         return {"event": event, "step": trainer.global_step, "epoch": trainer.current_epoch, "attempt": self.attempt, **values}
