@@ -76,7 +76,7 @@ def validate_exact(config: RunConfig, accelerator: str) -> None:
     if (torch.tensor(1.0) / each * each).item() != 1.0:
         raise ValueError(f"numerics=exact can't undo a division by {each} microbatches per rank to the bit; use another number of devices")
 
-# %% ../../nbs/run/04_worker.ipynb #numerics_class
+# %% ../../nbs/run/04_worker.ipynb #onednn_isa
 def cpu_model() -> str:
     "The CPU's name for people, as the system tells it."
     if sys.platform == "darwin":
@@ -107,7 +107,7 @@ def onednn_isa() -> str:
         found = re.search(r"cpu,isa:(.*)", said.read().decode(errors="replace"))
     return found[1].strip() if found else "unknown"
 
-
+# %% ../../nbs/run/04_worker.ipynb #numerics_class
 def numerics_class(config: RunConfig, accelerator: str) -> dict:
     "What must be the same for the same bits; plain values."
     on_cuda = accelerator == "cuda"
