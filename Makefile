@@ -46,6 +46,7 @@ typecheck: setup  # types alone
 proofs: setup  # make the proof of exactness again, in place; with $IMAGENETTE_DIR the benchmarks, too
 	cd nbs/proofs && $(NBCONVERT) exactness.ipynb
 	if [ -n "$$IMAGENETTE_DIR" ]; then cd nbs/proofs && $(NBCONVERT) bench_data.ipynb bench_step.ipynb; fi
+	$(BIN)/jupyter nbconvert --inplace --coalesce-streams --log-level WARN nbs/proofs/*.ipynb  # the pieces in which text came, joined
 	$(BIN)/nbdev_clean
 
 export: setup  # write resnet_nb/ from the notebooks
