@@ -35,8 +35,9 @@ test: setup  # every notebook from top to bottom, types, style, then all tests
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest
 
-test-fast: setup  # every notebook, then the quick tests: what a change of one notebook needs
-	$(BIN)/nbdev_test --n_workers 2
+# make test-fast nb=nbs/data/06_sampler.ipynb; without nb, all notebooks that differ from the last commit
+test-fast: setup  # the notebooks that were changed, then the quick tests
+	for notebook in $(or $(nb),$$(git diff --name-only HEAD -- 'nbs/*.ipynb')); do $(BIN)/nbdev_test --path $$notebook --do_print || exit 1; done
 	$(BIN)/python -m pytest $(addprefix tests/test_,repository.py sampler.py stream.py proofs.py damaged_data.py)
 
 typecheck: setup  # types alone

@@ -118,7 +118,7 @@ BAD = {
     "overrides={devices: 3, accelerator: cpu}": "num_microbatches=8 cannot be shared evenly by 3 devices; use 1, 2, 4 or 8",
     "overrides={arch: resnet19}": "unknown arch 'resnet19'; did you mean 'resnet1",
     "overrides={arch: vit_b_16, image_sizes: [64]}": "arch 'vit_b_16' can't take pictures of 64 px",
-    "overrides={num_microbatches: 1024}": "1437 training pictures leave fewer than 2 for each of 1024 shards",
+    "overrides={num_microbatches: 1024}": "1437 training pictures leave fewer than 2 for each of 1024 microbatches",
     "data_dir=/no/such/folder": "data_dir '/no/such/folder' is not a folder",
     "data_dir=EMPTY": "has no pictures; add some or remove it",
 }

@@ -30,18 +30,21 @@ print(json.dumps([files, {{name: page(name) for name in {[*PAGES, "index.ipynb"]
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    "The folder of an installed wheel, and a function that runs Python in another folder, with that one on its path."
+    "The folder of a wheel that was built from a source archive, and a function that runs Python in another folder, with that one on its path."
     source, wheels, target, elsewhere = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target", "elsewhere"))
     for folder in ("nbs", "resnet_nb"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
 
     def python(*words: str) -> str:
         environment = os.environ | {"PYTHONPATH": str(target), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         return subprocess.check_output([sys.executable, *map(str, words)], cwd=elsewhere, env=environment, text=True, timeout=120)
 
-    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source)
+    sdist = [sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", wheels]
+    subprocess.run(sdist, cwd=source, check=True, capture_output=True)
+    (archive,) = wheels.glob("*.tar.gz")
+    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, archive)
     (wheel,) = wheels.glob("*.whl")
     python("-m", "pip", "install", "--quiet", "--no-deps", "--target", target, wheel)
     return target, python

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
-from resnet_nb.run import launch
+from resnet_nb.run.folder import read_status, run_path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *(ROOT / "nbs").glob("[a-z]*.ipynb"), *(ROOT / "nbs" / "proofs").glob("*.ipynb")]
@@ -105,4 +105,4 @@ def test_printed_commands_work(command, place, places, data, tmp_path):
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     if " train " in command and command not in FAILS and "papermill" not in command:
-        assert launch.read_status(launch.run_path(new))["status"] == "completed"
+        assert read_status(run_path(new))["status"] == "completed"

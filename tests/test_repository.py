@@ -121,7 +121,6 @@ LONG = {  # exported cells of more than 45 lines, and why they stay whole
     "learn.numerics GradientSum": "the gradients, their sum and its way back",
     "learn.module ResNetModule": "Lightning's hooks for a step",
     "run.recording TextLoggingCallback": "the hooks of one callback",
-    "run.recording MetricsCallback": "the hooks of one callback",
 }
 
 

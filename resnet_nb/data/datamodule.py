@@ -160,10 +160,10 @@ def make_loader(
     images: KeyedImages,
     sampler: MicrobatchSampler | EvalSampler,
     config: RunConfig,
-    largest: int,  # px, side of the largest images of the run
     trainer: L.Trainer | None,  # None: used by hand; workers then end with signals, as those of any loader
 ) -> KeyedLoader:
     "The loader of a run, with buffers that hold its largest microbatch."
+    largest = max(sampler.size_at(epoch) for epoch in range(config.recipe.epochs))  # px
     return KeyedLoader(
         images,
         sampler,
@@ -213,17 +213,13 @@ class ImageNetDataModule(L.LightningDataModule):
         sampler.seek(self.trainer.global_step if self.trainer else 0)
         return sampler
 
-    def _loader(self, index: Index, sampler: MicrobatchSampler | EvalSampler, train: bool) -> KeyedLoader:
-        largest = max(self.size_at(epoch) for epoch in range(self.config.recipe.epochs))
-        return make_loader(KeyedImages(index, self.config, train), sampler, self.config, largest, self.trainer)
-
     def train_dataloader(self) -> KeyedLoader:
-        return self._loader(self.train_index, self.train_sampler(), train=True)
+        return make_loader(KeyedImages(self.train_index, self.config, train=True), self.train_sampler(), self.config, self.trainer)
 
     def val_dataloader(self) -> KeyedLoader:
         sampler = EvalSampler(len(self.val_index), self.config.recipe.microbatch_size, self.size_at, *rank_of(self.trainer))
         sampler.set_epoch(self.config.recipe.epochs - 1)  # for test and validate; during a run Lightning sets the epoch
-        return self._loader(self.val_index, sampler, train=False)
+        return make_loader(KeyedImages(self.val_index, self.config, train=False), sampler, self.config, self.trainer)
 
     test_dataloader = val_dataloader
 

@@ -85,11 +85,11 @@ def make_run_dir(name: str) -> Path:
 def create_run(config: RunConfig) -> Path:
     "The run's folder, made or found again; ValueError where it holds another run. Call it under the run's lock where others may write."
     run_dir = make_run_dir(config.name)
-    if read_json(run_dir / "config.json") == config.model_dump(mode="json"):
-        return run_dir
-    completed = read_json(run_dir / "run.json").get("status") == "completed"
-    has_trained = completed or any((run_dir / "checkpoints").glob("step-*"))
     try:
+        if read_json(run_dir / "config.json") == config.model_dump(mode="json"):
+            return run_dir
+        completed = read_json(run_dir / "run.json").get("status") == "completed"
+        has_trained = completed or any((run_dir / "checkpoints").glob("step-*"))
         if has_trained and (run_dir / "config.json").exists():
             old, new = run_identity(load_config(run_dir)), run_identity(config)
             if difference := first_difference(old, new):

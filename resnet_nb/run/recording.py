@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'model_info', 'TextLoggingCallback', 'DataWaitProfiler',
-           'EpochClock', 'log_curves', 'exact_seconds', 'MetricsCallback', 'GraphCallback']
+           'EpochClock', 'record', 'WaitingSteps', 'exact_seconds', 'MetricsCallback', 'GraphCallback']
 
 # %% ../../nbs/run/02_recording.ipynb #imports
 import time
@@ -150,13 +150,35 @@ class EpochClock:
         }
         return speed if exact is None else speed | {"exact_seconds": round(exact - self._exact, 3)}
 
-# %% ../../nbs/run/02_recording.ipynb #log_curves
-def log_curves(logger, rows) -> None:
-    "TensorBoard's points, from rows as they are recorded. A step's numbers stand where it began, as its learning rate does in the note of the epoch's start."
+# %% ../../nbs/run/02_recording.ipynb #WaitingSteps
+def record(run_dir: Path, logger, rows: list[dict]) -> None:
+    "Append `rows` to metrics.jsonl, and to TensorBoard's curves; a step's numbers stand where it began, as its learning rate does."
+    append_rows(run_dir, rows)
     for row in rows if logger else ():
         curves = {name: value for name, value in row.items() if "/" in name and value is not None}
         if curves:
             logger.log_metrics(curves, step=row["step"] - (row["event"] == "step"))
+
+
+class WaitingSteps:
+    "Rows of steps whose sums are still on the device: fetched at once after the first step, then FETCH at a time."
+
+    FETCH = 50
+
+    def __init__(self):
+        self.rows, self.sums, self.room = [], [], 1
+
+    def add(self, row: dict, sums: torch.Tensor) -> bool:
+        "Take one step's row and its sums, (3,) int64; returns whether it is time to fetch."
+        self.rows.append(row)
+        self.sums.append(sums)
+        return len(self.rows) == self.room
+
+    def fetch(self, read) -> list[dict]:
+        "The rows that wait, each with what `read` makes of its sums; a GPU is waited for. Nothing waits afterwards."
+        rows = [row | read(sums) for row, sums in zip(self.rows, torch.stack(self.sums).tolist())] if self.rows else []
+        self.rows, self.sums, self.room = [], [], self.FETCH if rows else self.room
+        return rows
 
 
 def exact_seconds(module) -> float | None:
@@ -167,26 +189,16 @@ def exact_seconds(module) -> float | None:
 class MetricsCallback(L.Callback):
     "metrics.jsonl and TensorBoard: every step, every epoch, every validation. Rank zero writes. Needs a DataWaitProfiler in the trainer."
 
-    FETCH = 50  # steps between two fetches of their sums from the device; the first step is fetched at once
-
     def __init__(self, run_dir: Path, attempt: int):
         self.run_dir, self.attempt, self.clock = Path(run_dir), attempt, EpochClock()
-        self._lr: float | None = None
-        self._steps, self._fetch = [], 1
+        self._lr, self._waiting = 0.0, WaitingSteps()
 
     def _row(self, trainer, event: str, **values) -> dict:
         return {"event": event, "step": trainer.global_step, "epoch": trainer.current_epoch, "attempt": self.attempt, **values}
 
     def _record(self, trainer, *rows: dict) -> None:
-        if trainer.is_global_zero:
-            append_rows(self.run_dir, list(rows))
-            log_curves(trainer.logger, rows)
-
-    def _flush(self, trainer, module) -> None:
-        if self._steps:
-            sums = torch.stack([row.pop("sums") for row in self._steps]).tolist()
-            self._record(trainer, *(row | module.step_sums.read(of_step) for row, of_step in zip(self._steps, sums)))
-            self._steps.clear()
+        if trainer.is_global_zero and rows:
+            record(self.run_dir, trainer.logger, list(rows))
 
     def on_train_start(self, trainer, module) -> None:
         self.clock.start(trainer.profiler.seconds, 0.0)
@@ -203,23 +215,21 @@ class MetricsCallback(L.Callback):
         self.clock.pictures += len(batch[1]) * trainer.world_size  # microbatches differ by one picture at most
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             row = self._row(trainer, "step", **{"train/learning_rate": self._lr}, image_size=batch[0].shape[-1])
-            self._steps.append(row | {"sums": module.step_sums.last})
-            if len(self._steps) == self._fetch:
-                self._flush(trainer, module)
-                self._fetch = self.FETCH
+            if self._waiting.add(row, module.step_sums.last):
+                self._record(trainer, *self._waiting.fetch(module.step_sums.read))
 
     def on_validation_start(self, trainer, module) -> None:
         self.clock.stop(trainer.profiler.seconds)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        self._flush(trainer, module)
+        self._record(trainer, *self._waiting.fetch(module.step_sums.read))
         wait = torch.tensor(self.clock.waited / self.clock.seconds, device=module.device)
         speed = self.clock.numbers(float(trainer.strategy.reduce(wait, reduce_op="mean")), exact_seconds(module))
         train, val = ({name: value for name, value in module.numbers.items() if name.startswith(stage)} for stage in ("train/", "val/"))
         self._record(trainer, self._row(trainer, "epoch", **train, **speed), self._row(trainer, "val", **val))
 
     def on_exception(self, trainer, module, exception) -> None:
-        self._flush(trainer, module)
+        self._record(trainer, *self._waiting.fetch(module.step_sums.read))
 
 # %% ../../nbs/run/02_recording.ipynb #GraphCallback
 class GraphCallback(L.Callback):

@@ -47,7 +47,7 @@ from resnet_nb.run.folder import (
     load_config,
     utc_now,
     write_summary,
-)  # fmt: skip
+)
 from .recording import DataWaitProfiler, GraphCallback, MetricsCallback, TextLoggingCallback
 from .stopping import CheckpointCallback, ResolutionScheduleCallback, Stopped
 
@@ -113,11 +113,19 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
     on_cuda = accelerator == "cuda"
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}
     return {
-        "torch": torch.__version__, "accelerator": accelerator, **gpu, "cpu": cpu_model(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "onednn_isa": onednn_isa(), "threads_per_rank": torch.get_num_threads(),
-        "precision": config.hardware.precision, "channels_last": config.hardware.channels_last, "decoders": f"{jpeg_decoder()}, pillow {PIL.__version__}", "torchvision": torchvision.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "decoders": f"{jpeg_decoder()}, pillow {PIL.__version__}",
+        "accelerator": accelerator,
+        **gpu,
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "onednn_isa": onednn_isa(),
+        "threads_per_rank": torch.get_num_threads(),
+        "precision": config.hardware.precision,
+        "channels_last": config.hardware.channels_last,
         "deterministic": config.numerics == "exact",
-    }  # fmt: skip
+    }
 
 
 def device_facts(config: RunConfig, accelerator: str) -> dict:
