@@ -264,6 +264,8 @@ def data(data_dir, page):
     type=click.Choice(["fail", "skip-listed"]),
     help="skip-listed leaves out what a check has listed.",
 )
-def make_pack(src, dst, size, quality, bad_pictures):
+@click.option("--val-share", default=0.0, type=click.FloatRange(0, 0.5), help="Where SRC has no validation set: the share drawn for one.")
+@click.option("--group", default="", help="Pictures that stay together then: 'folder', or a regular expression.")
+def make_pack(src, dst, size, quality, bad_pictures, val_share, group):
     "Write the pictures of SRC into a few large files in DST, which can then be data_dir. The same command goes on where it stopped."
-    pack(src, dst, size, quality, bad_pictures, click.echo)
+    pack(src, dst, size, quality, bad_pictures, click.echo, val_share, group)

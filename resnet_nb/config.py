@@ -57,27 +57,39 @@ Positive = Annotated[float, Field(gt=0)]
 class Recipe(Strict):
     "What is learned. A field without a default has no sensible one."
 
-    dataset: Literal["digits", "imagenette", "imagenet"]  # says where pictures are looked for, and what can be fetched
+    dataset: Literal["digits", "imagenette", "imagenet", "photos"]  # says where pictures are looked for, and what can be fetched
     arch: str  # name of a torchvision classification model
+    weights: str = ""  # to start from: 'default' or an entry of torchvision's weights, a file, or a run; empty: random
+    freeze_epochs: int = Field(0, ge=0)  # first epochs in which only the head learns; the rest stays as it was loaded, statistics included
+    freeze_norm: bool = False  # BatchNorm normalizes by its loaded statistics throughout, as small microbatches need it
     epochs: int = Field(ge=1)  # passes over the training set
     image_sizes: tuple[Size, ...] = Field(min_length=1)  # px; one per equal part of the epochs; of more sizes than epochs the last count
     val_resize: float = Field(1.0, ge=1, le=2)  # short side before the centre crop, in units of the crop's side
+    dropout: float | None = Field(None, ge=0, lt=1)  # before the classifier, in architectures that have it; None: as torchvision has it
     num_microbatches: int = Field(ge=1)  # in a global batch
     microbatch_size: int = Field(ge=2)  # pictures in a microbatch, at most; BatchNorm's statistics stay inside it
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)  # SGD with Nesterov where it is > 0
     peak_lr: Positive  # learning rate at its highest, for the global batch
     weight_decay: float = Field(0.0, ge=0)  # of the weights of convolutions, linear layers and attention only
+    backbone_lr_share: float = Field(1.0, gt=0, le=1)  # learning rate of all but the head, as a share of the head's, which is peak_lr
+    clip_norm: float = Field(0.0, ge=0)  # a step's mean gradient, all parameters together, is made no longer than this; 0: left as it is
     schedule: Literal["cosine", "onecycle", "linear", "step"] = "cosine"
     warmup_ratio: float = Field(0.0, ge=0, lt=1)  # share of all steps in which the rate grows up to peak_lr
     final_lr_share: Share = 0.0  # where cosine, onecycle and linear end, as a share of peak_lr
     step_epochs: Positive = 30.0  # schedule 'step': epochs between two drops
     step_gamma: Positive = 0.1  # schedule 'step': what each drop multiplies the rate by
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread over all classes
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: in the training loss, pictures of rare classes count more
     crop_scale: tuple[Share, Share] = (0.08, 1.0)  # area of a random crop, as a share of the picture's
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)  # width over height of a random crop
     flip: Share = 0.5  # probability of a left-right mirror image
+    exif_orientation: bool = False  # turn pictures upright as their EXIF says, before crops are drawn; False: as they lie in the file
     bad_pictures: Literal["fail", "skip-listed"] = "fail"  # skip-listed: leave out what `resnet-nb check data` has listed
+    val_share: float = Field(
+        0.0, ge=0, le=0.5
+    )  # of the pictures, where there is no validation set: what is drawn for one; 0: none is drawn
+    group: str = ""  # pictures that val_share keeps together: those of a 'folder', or with the same first group of this regular expression
     mixup_alpha: float = Field(0.0, ge=0)  # parameter of mixup's Beta distribution, within a microbatch; 0: no mixup
     cutmix_alpha: float = Field(0.0, ge=0)  # the same for CutMix; where both are set, each takes half of the microbatches on average
     ema_decay: float = Field(0.0, ge=0, lt=1)  # share of itself that the weights' average keeps per step; validation uses it; 0: no average
@@ -94,6 +106,21 @@ class Recipe(Strict):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name}={[low, high]}: needs 0 < low <= high")
+        for name in ("freeze_epochs", "freeze_norm"):
+            if getattr(self, name) and not self.weights:
+                raise ValueError(f"{name}={getattr(self, name)} would keep random weights; say which to start from, with weights: default")
+        if self.group and not self.val_share:
+            raise ValueError(
+                f"group={self.group!r} says what stays together when a validation set is drawn; it needs a val_share, such as 0.2"
+            )
+        try:
+            if self.group not in ("", "folder") and not re.compile(self.group).groups:
+                raise ValueError(
+                    f"group={self.group!r}: needs 'folder', or a regular expression with parentheses around what names the object, "
+                    "such as '([^/_]+)_[^/]*$' for 'dog/rex_001.jpg'"
+                )
+        except re.error as error:
+            raise ValueError(f"group={self.group!r} is no regular expression: {error}") from None
         return self
 
 # %% ../nbs/00_config.ipynb #RECIPES
@@ -107,6 +134,16 @@ RECIPES = {
         dataset="imagenette", arch="resnet18", epochs=20, image_sizes=(96, 128, 160), val_resize=8 / 7,
         num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 10,
         label_smoothing=0.1, crop_scale=(0.25, 1.0),
+    ),
+    "photos": Recipe(
+        dataset="photos", arch="resnet18", epochs=40, image_sizes=(128, 160, 192), val_resize=8 / 7,
+        num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 10,
+        label_smoothing=0.1, crop_scale=(0.25, 1.0),
+    ),
+    "finetune": Recipe(
+        dataset="photos", arch="resnet50", weights="default", freeze_epochs=1, epochs=10, image_sizes=(160, 192, 224), val_resize=8 / 7,
+        num_microbatches=8, microbatch_size=16, peak_lr=0.02, backbone_lr_share=0.5, weight_decay=1e-4, warmup_ratio=1 / 10,
+        clip_norm=1.0, label_smoothing=0.1, crop_scale=(0.25, 1.0),
     ),
     "imagenet": Recipe(
         dataset="imagenet", arch="resnet50", epochs=60, image_sizes=(128, 160, 192, 224), val_resize=8 / 7,

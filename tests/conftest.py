@@ -56,7 +56,8 @@ def make_config(data):
 
     def make(name, hw="cpu2", seed=0, data_dir=None, numerics="close", **overrides):
         wish = SMALL | ({"accelerator": "cpu"} if hw == "local" else {}) | overrides
-        return resolve(Parameters(name=name, hw=hw, seed=seed, numerics=numerics, data_dir=str(data_dir or data), overrides=wish))
+        given = {"name": name, "hw": hw, "recipe": "digits", "data_dir": str(data_dir or data)}
+        return resolve(Parameters(seed=seed, numerics=numerics, overrides=wish, **given))
 
     return make
 

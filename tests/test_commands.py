@@ -32,7 +32,7 @@ def outputs(notebook):
 @pytest.fixture(scope="module")
 def from_elsewhere(data, home):
     """`resnet-nb train`, typed in a folder that is not the project's, with a space in its path."""
-    wish = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16]}, "data_dir": str(data)})
+    wish = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16]}, "data_dir": str(data), "recipe": "digits"})
     elsewhere = home / "some where"
     elsewhere.mkdir()
     return resnet_nb("train", "-p", "hw", "cpu2", "-p", "name", "2024_01", "-y", wish, cwd=elsewhere), home / "runs" / "2024_01"
@@ -77,7 +77,7 @@ def papermill(*words, cwd):
 
 @pytest.fixture
 def small_yaml(data, tmp_path):
-    wish = {"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(data)}
+    wish = {"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(data), "recipe": "digits"}
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(wish))
     return path
@@ -146,7 +146,9 @@ def test_a_failed_run_ends_the_command_with_its_traceback(data, tmp_path):
     broken = shutil.copytree(data, tmp_path / "broken")
     picture = sorted((broken / "val" / "1").iterdir())[0]
     picture.write_bytes(b"")
-    wish = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(broken)})
+    wish = json.dumps(
+        {"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(broken), "recipe": "digits"}
+    )
     done = resnet_nb("train", "-p", "name", "cli-broken", "-y", wish)
     assert done.returncode == 1
     assert f"{str(picture)!r} can't be decoded as a picture" in done.stderr and "exit code 1" in done.stderr
@@ -156,7 +158,9 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(data, home):
     import signal
     import time
 
-    wish = json.dumps({"overrides": SMALL | {"image_sizes": [32], "accelerator": "cpu", "epochs": 4}, "data_dir": str(data)})
+    wish = json.dumps(
+        {"overrides": SMALL | {"image_sizes": [32], "accelerator": "cpu", "epochs": 4}, "data_dir": str(data), "recipe": "digits"}
+    )
     words = [str(BIN / "resnet-nb"), "train", "-p", "name", "ctrl-c", "-y", wish]
     command = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     run_dir, deadline = home / "runs" / "ctrl-c", time.monotonic() + 90
@@ -176,7 +180,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(data, home):
 def test_runs_that_can_not_be_written_are_refused(data, tmp_path, monkeypatch):
     (tmp_path / "runs").write_text("a file where the folder should be")
     monkeypatch.setenv("RESNET_NB_HOME", str(tmp_path))
-    done = resnet_nb("train", "-p", "data_dir", str(data), "-p", "name", "x")
+    done = resnet_nb("train", "-p", "recipe", "digits", "-p", "data_dir", str(data), "-p", "name", "x")
     assert done.returncode == 2 and "can't be written" in done.stderr
 
 

@@ -17,16 +17,21 @@ PAGES = [ROOT / "README.md", *(ROOT / "nbs").glob("[a-z]*.ipynb"), *(ROOT / "nbs
 COMMAND = r"(?:[A-Z_]+=\S+ )?(?:resnet-nb|papermill|make) [^`\n]+"
 
 ONE_EPOCH = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}})
-TRAINS = f" -r name {{new}} -p data_dir {{data}} -y '{ONE_EPOCH}'"
+OWN = f" -r name {{new}} -p data_dir {{data}} -y '{ONE_EPOCH}'"
+TRAINS = f" -p recipe digits{OWN}"
 FEW_CUDA = "this machine has 0"
 # command: what is added, so that it takes seconds and writes where a test may write; what it must say
 RUN = {
     "resnet-nb train -p hw local": (TRAINS, "done: "),
-    "resnet-nb train -p hw local -p recipe imagenette -p data_dir ~/imagenette": (TRAINS, "done: "),
+    "resnet-nb train -p hw local -p recipe imagenette -p data_dir ~/imagenette": (OWN, "done: "),
     "resnet-nb train -p hw cpu2": (TRAINS, "done: "),
+    "resnet-nb train -p recipe photos -p data_dir ~/pets": (OWN, "done: "),
     "resnet-nb train -p hw g5": ("", FEW_CUDA),
     "resnet-nb train -p hw p3": ("", FEW_CUDA),
-    "resnet-nb train -y '{overrides: {epochs: 2, arch: resnet34, image_sizes: [64, 96]}}'": (" -r name {new} -p data_dir {data}", "done: "),
+    "resnet-nb train -y '{overrides: {epochs: 2, arch: resnet34, image_sizes: [64, 96]}}'": (
+        " -r name {new} -p recipe digits -p data_dir {data}",
+        "done: ",
+    ),
     "papermill nbs/train.ipynb runs/out.ipynb -p hw cpu2": (TRAINS, ""),
     "papermill nbs/proofs/exactness.ipynb runs/exactness.ipynb -p epochs 2": ("", ""),
     "papermill nbs/proofs/bench_data.ipynb runs/bench_data.ipynb -p photos /folder/of/full-size/photos": (
@@ -41,9 +46,12 @@ RUN = {
     "resnet-nb reproduce A": (" --name {new}", "same"),
     "resnet-nb check data DIR": (" --no-page", "healthy"),
     "resnet-nb pack DIR PACKED": ("", "96 training and 23 validation pictures"),
-    "make train": (f" hw=cpu2 name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'", "done: "),
+    "make train": (
+        f" hw=cpu2 recipe=digits name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'",
+        "done: ",
+    ),
     "make train hw=cpu2 numerics=exact": (
-        f" name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'",
+        f" recipe=digits name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'",
         "done: ",
     ),
 }
@@ -82,7 +90,8 @@ def test_every_printed_command_is_in_the_table():
 def places(home, data, one, two, tmp_path_factory):
     """What stands for the names in a command, and the folders to type it in."""
     person = tmp_path_factory.mktemp("person")
-    (person / "imagenette").symlink_to(data)
+    for name in ("imagenette", "pets"):
+        (person / name).symlink_to(data)
     names = {"NAME": one.name, "A": two.name, "B": two.name, "DIR": f"'{data}'"}
     return person, names, {"root": ROOT, "elsewhere": tmp_path_factory.mktemp("some where")}
 

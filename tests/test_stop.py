@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 from conftest import STEPS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from resnet_nb.cli import main
 from resnet_nb.files import read_json, write_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
@@ -168,8 +170,15 @@ def test_an_undecodable_picture_stops_the_run_with_its_path(make_config, data, t
     config = make_config("broken", data_dir=broken, num_workers=1)
     with pytest.raises(launch.RunFailed) as failure:
         launch.train(config)
-    assert f"{str(picture)!r} can't be decoded as a picture" in str(failure.value)
-    assert "exit code 1" in str(failure.value) and "Traceback" in str(failure.value)
+    sentence = f"{str(picture)!r} can't be decoded as a picture: "
+    assert sentence in str(failure.value) and "replace it or remove it" in str(failure.value)
+    assert "\n" not in str(failure.value) and "Traceback" not in str(failure.value)
+    error = launch.first_error(run_path("broken"), 1)
+    assert error["error"].startswith(f"BadPicture: {sentence}") and "\n" not in error["error"]
+    assert "Traceback" in error["traceback"] and "exit code 1" in read_status(run_path("broken"))["reason"]
+    assert any("Traceback" in log.read_text() for log in (run_path("broken") / "logs").glob("attempt-1-rank-*.log"))
+    followed = CliRunner().invoke(main, ["follow", "broken"])
+    assert followed.exit_code == 1 and sentence in followed.output and followed.output.count("\n") == 1
     wait_for(lambda: not processes_of(run_path("broken")), 20)
 
 

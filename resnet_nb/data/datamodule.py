@@ -188,7 +188,8 @@ class ImageNetDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train_index"):  # called by hand before, by whoever needs the classes to build the network
             return
-        self.train_index, self.val_index, self.inspection = load_data(self.config.data_dir, self.config.recipe.bad_pictures)
+        r = self.config.recipe
+        self.train_index, self.val_index, self.inspection = load_data(self.config.data_dir, r.bad_pictures, r.val_share, r.group)
         counts = f"{len(self.train_index):,} training and {len(self.val_index):,} validation pictures"
         rank_zero_only(print)(f"{counts} of {len(self.train_index.classes):,} classes", flush=True)
 

@@ -20,21 +20,33 @@ import PIL
 from PIL import Image
 
 from .formats import PACK_VERSION, damaged_parts, list_pack
-from .index import Index, fingerprint, in_parallel
-from .splits import load_data
-from .transforms import decode
+from .index import BadPicture, Index, fingerprint, in_parallel
+from .splits import BAD, load_data
+from .transforms import MAX_PIXELS, ORIENTATION, TooLarge, decode, decode_large, read_orientation
 from ..files import write_json
 
 # %% ../../nbs/data/05_pack.ipynb #shrink
 def shrink(data: bytes, short_side: int, quality: int) -> bytes:
     "The same bytes where a picture is small enough, else a JPEG with this short side in px (bicubic, antialiased)."
-    pixels = decode(data)
+    try:
+        pixels = decode(data)
+    except BadPicture as error:
+        if not short_side or not isinstance(error.__cause__, TooLarge):
+            raise
+        pixels = decode_large(data, short_side)
     height, width = pixels.shape[:2]
     if short_side == 0 or min(height, width) <= short_side:
+        if height * width > MAX_PIXELS:
+            size = f"it has {width:,} x {height:,} pixels, and is no longer than that on its short side"
+            raise BadPicture(f"can't be packed at {short_side} px: {size}; cut it or remove it")
         return data
     scale = short_side / min(height, width)
     size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
-    Image.fromarray(pixels).resize(size, Image.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=quality)
+    exif = {}
+    if (orientation := read_orientation(data)) != 1:  # a recipe decides whether it counts
+        exif["exif"] = Image.Exif()
+        exif["exif"][ORIENTATION] = orientation
+    Image.fromarray(pixels).resize(size, Image.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=quality, **exif)
     return file.getvalue()
 
 # %% ../../nbs/data/05_pack.ipynb #write_part
@@ -42,32 +54,33 @@ PER_FILE = 2**14  # pictures in a file
 CHUNK = 64  # pictures that a process takes at a time, and in one batch of the file
 
 
-def _shrink_some(index: Index, first: int, last: int, short_side: int, quality: int) -> list[bytes]:
-    "What becomes of pictures `first` to `last` - 1; ValueError names a picture that is bad."
+def _shrink_some(index: Index, which: list[int], short_side: int, quality: int) -> list[bytes]:
+    "What becomes of these pictures; BadPicture names one that is bad."
     files = []
-    for i in range(first, last):
+    for i in which:
         try:
             files.append(shrink(index.read(i), short_side, quality))
-        except ValueError as error:
-            raise ValueError(str(error) if index.where(i) in str(error) else f"{index.where(i)!r} {error}") from None
+        except BadPicture as error:
+            raise BadPicture(str(error) if index.where(i) in str(error) else f"{index.where(i)!r} {error}") from None
     return files
 
 
 def write_part(index: Index, first: int, last: int, path: Path, short_side: int, quality: int) -> dict:
-    "Write pictures `first` to `last` - 1 of `index` to `path`, and return its size in bytes and its sha256; ValueError names a bad picture."
+    "Write pictures `first` to `last` - 1, in the order of reading, to `path`; its size in bytes and its sha256; BadPicture names a bad one."
     import pyarrow as pa
 
-    schema = pa.schema([("class", pa.string()), ("name", pa.binary()), ("image", pa.large_binary())])
-    partial, hashes, at = path.with_name(f".{path.name}.partial"), [], first
-    chunks = [(start, min(start + CHUNK, last)) for start in range(first, last, CHUNK)]
+    in_text = all(key.encode(errors="ignore").decode() == key for key in index.classes)  # else bytes, as the file system has them
+    schema = pa.schema([("class", pa.string() if in_text else pa.binary()), ("name", pa.binary()), ("image", pa.large_binary())])
+    partial, hashes, order = path.with_name(f".{path.name}.partial"), [], index.reading_order()[first:last].tolist()
+    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for files in in_parallel(lambda chunk: _shrink_some(index, chunk[0], chunk[1], short_side, quality), chunks, path.name):
-                rows = range(at, at + len(files))
-                columns = [[index.classes[index.labels[i]] for i in rows], [index.name(i) for i in rows], files]
+            shrunk = in_parallel(lambda chunk: _shrink_some(index, chunk, short_side, quality), chunks, path.name)
+            for rows, files in zip(chunks, shrunk, strict=True):
+                keys = [index.classes[index.labels[i]] for i in rows]
+                columns = [keys if in_text else [*map(os.fsencode, keys)], [index.name(i) for i in rows], files]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
                 hashes += [hashlib.blake2b(file).digest() for file in files]
-                at += len(files)
         data = np.memmap(partial, np.uint8, "r")
         _, _, sizes, offsets = list_pack(str(partial))
         if [hashlib.blake2b(data[o : o + n]).digest() for n, o in zip(sizes, offsets)] != hashes:
@@ -80,17 +93,19 @@ def write_part(index: Index, first: int, last: int, path: Path, short_side: int,
     return {"bytes": path.stat().st_size, "sha256": hashlib.sha256(data).hexdigest()}
 
 # %% ../../nbs/data/05_pack.ipynb #begin
-def _plan(train: Index, val: Index, short_side: int, quality: int) -> dict:
+def _plan(train: Index, val: Index, short_side: int, quality: int, drawn: dict) -> dict:
     "What pack.json says about a pack as it will be."
     num_parts = lambda index: -(-len(index) // PER_FILE)
     splits = {"train": train, "val": val}
-    return {
+    order = {"order": "rows"} if "rows" in (train.layout, val.layout) else {}  # of the pictures in the parts, where it is not the index's
+    return order | {
         "version": PACK_VERSION,
         "short_side": short_side,
         "quality": quality,
         "source": {split: {"pictures": len(index), "sha256": fingerprint(index)} for split, index in splits.items()},
         "titles": dict(zip(train.classes, train.titles)),
         "splits": {split: {"files": [f"{split}-{i:05d}.arrow" for i in range(num_parts(index))]} for split, index in splits.items()},
+        **({"drawn": drawn} if drawn else {}),
     }
 
 
@@ -124,9 +139,9 @@ def _lock(dst: Path) -> int:
     return handle
 
 # %% ../../nbs/data/05_pack.ipynb #write_pack
-def _write_pack(train: Index, val: Index, dst: Path, short_side: int, quality: int, show: Callable[[str], None]) -> Path:
+def _write_pack(train: Index, val: Index, dst: Path, short_side: int, quality: int, drawn: dict, show: Callable[[str], None]) -> Path:
     "Write the parts that are missing; ValueError where the disk does not take one."
-    plan, path = _plan(train, val, short_side, quality), dst / "pack.json"
+    plan, path = _plan(train, val, short_side, quality, drawn), dst / "pack.json"
     about = _begin(dst, plan)
     for split, index in (("train", train), ("val", val)):
         for number, name in enumerate(plan["splits"][split]["files"]):
@@ -160,13 +175,16 @@ def pack(
     quality: int = 90,  # of JPEG, 1 to 95
     bad_pictures: str = "fail",  # or 'skip-listed': leave out what an inspection has listed
     show: Callable[[str], None] = lambda line: None,  # takes one line per part, and one at the end
+    val_share: float = 0.0,  # where there is no validation set: the share that is drawn for one, and then kept as drawn
+    group: str = "",  # what stays together when it is drawn
 ) -> Path:
     "Make a pack, or finish one, and return its folder; ValueError where a picture is bad, or the folder holds something else."
-    dst = Path(dst)
-    train, val, _ = load_data(src, bad_pictures)
+    dst, drawn = Path(dst), {"val_share": val_share, "group": group} if val_share else {}
+    kinds = [kind for kind in BAD if not short_side or kind != "too large"]
+    train, val, _ = load_data(src, bad_pictures, val_share, group, kinds)
     dst.mkdir(parents=True, exist_ok=True)
     lock = _lock(dst)
     try:
-        return _write_pack(train, val, dst, short_side, quality, show)
+        return _write_pack(train, val, dst, short_side, quality, drawn, show)
     finally:
         os.close(lock)

@@ -79,7 +79,11 @@ def verify_run(run_dir: Path) -> list[Finding]:
 def _compare_identity(a: Path, b: Path) -> list[Finding]:
     found = []
     manifests = [read_json(run / "manifest.json") for run in (a, b)]
-    asked = [run_identity(load_config(run)) | {"data: " + k: v for k, v in m["data"].items()} for run, m in zip((a, b), manifests)]
+    asked = []
+    for run, manifest in zip((a, b), manifests):
+        data = {f"data: {key}": value for key, value in manifest["data"].items()}
+        weights = {"weights": manifest.get("weights", {}).get("sha256")}  # what was in the file, wherever it lay
+        asked.append(run_identity(load_config(run)) | data | weights)
     if difference := first_difference(*asked):
         key, one, other = difference
         found.append(Finding("identity", NOT_COMPARABLE, f"{key} is {_short(one)} and {_short(other)}"))

@@ -188,6 +188,15 @@ def _details(run_dir: Path, attempt: int) -> str:
     logs = run_dir / "logs"
     return first_error(run_dir, attempt).get("traceback") or tail(logs / f"attempt-{attempt}.log") or tail(logs / "supervisor.log")
 
+
+def _failure(run_dir: Path, status: dict) -> str:
+    "What to tell of a run that failed: one sentence about a bad picture, else the reason and the traceback."
+    attempt, logs = len(status["attempts"]), run_dir / "logs"
+    kind, _, sentence = first_error(run_dir, attempt).get("error", "").partition(": ")
+    if kind == "BadPicture":  # a person can mend that, and needs no traceback
+        return f"run {run_dir.name!r} failed: {sentence} (traceback: {logs})"
+    return f"run {run_dir.name!r} failed: {status['reason']}\n\n{_details(run_dir, attempt)}\nlogs: {logs}"
+
 # %% ../../nbs/run/06_launch.ipynb #follow
 def follow(
     run_dir: Path,
@@ -223,9 +232,7 @@ def follow(
             show("stopping: the run saves where it is; interrupt again to leave it alone with that")
     status = read_status(run_dir)
     if status["status"] == "failed":
-        raise RunFailed(
-            f"run {run_dir.name!r} failed: {status['reason']}\n\n{_details(run_dir, len(status['attempts']))}\nlogs: {run_dir / 'logs'}"
-        )
+        raise RunFailed(_failure(run_dir, status))
     if status["status"] == "stopped":
         show(f"stopped ({status['reason']}); run it again under the name {run_dir.name!r} to go on")
     if interrupted:

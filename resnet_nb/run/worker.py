@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['pick_accelerator', 'set_threads', 'validate_exact', 'cpu_model', 'onednn_isa', 'numerics_class', 'device_facts',
-           'data_facts', 'record_manifest', 'make_trainer', 'run_rank', 'main']
+           'data_facts', 'record_manifest', 'loaded_line', 'make_trainer', 'run_rank', 'main']
 
 # %% ../../nbs/run/04_worker.ipynb #imports
 import ctypes
@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import PIL
 import torch
 import torchvision
@@ -32,12 +33,12 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from ..config import Hardware, RunConfig
 from ..data.datamodule import ImageNetDataModule
-from ..data.index import fingerprint
+from ..data.index import BadPicture, fingerprint
 from ..data.transforms import jpeg_decoder
 from ..files import read_json, write_json
 from ..learn.module import ResNetModule
 from ..learn.numerics import ExactDDPStrategy
-from .checkpoints import STATE, find_checkpoint
+from .checkpoints import STATE, find_checkpoint, weights_source
 from resnet_nb.run.folder import (
     append_rows,
     code_facts,
@@ -138,7 +139,7 @@ def device_facts(config: RunConfig, accelerator: str) -> dict:
         "numerics_class": numerics_class(config, accelerator),
     }
 
-# %% ../../nbs/run/04_worker.ipynb #record_manifest
+# %% ../../nbs/run/04_worker.ipynb #data_facts
 def data_facts(datamodule: ImageNetDataModule) -> dict:
     "Counts, classes and fingerprints of both splits."
     train, val = datamodule.train_index, datamodule.val_index
@@ -150,8 +151,16 @@ def data_facts(datamodule: ImageNetDataModule) -> dict:
         "val_sha256": fingerprint(val),
     }
 
-
-def record_manifest(run_dir: Path, config: RunConfig, data: dict, attempt: int, devices: dict, resumes: bool) -> str:
+# %% ../../nbs/run/04_worker.ipynb #record_manifest
+def record_manifest(
+    run_dir: Path,
+    config: RunConfig,
+    data: dict,
+    attempt: int,
+    devices: dict,
+    resumes: bool,
+    weights: dict | None = None,  # what was loaded before the first step; in a resume what the manifest says of it stays
+) -> str:
     """Add this attempt to manifest.json; returns a sentence where it goes on in another numerics class, else nothing.
 
     Raises ValueError where it goes on with other data than the first attempt's, or exact numerics in another class."""
@@ -174,8 +183,19 @@ def record_manifest(run_dir: Path, config: RunConfig, data: dict, attempt: int, 
     facts = {"attempt": attempt, "time": utc_now(), **code_facts(), **devices, **environment_facts()} | (
         {"warning": warning} if warning else {}
     )
-    write_json(path, {"data": data, "parameters": config.parameters.model_dump(), "attempts": [*attempts, facts]})
+    start = weights or (manifest.get("weights") if resumes else None)
+    known = {"data": data, "parameters": config.parameters.model_dump()} | ({"weights": start} if start else {})
+    write_json(path, known | {"attempts": [*attempts, facts]})
     return warning
+
+# %% ../../nbs/run/04_worker.ipynb #loaded_line
+def loaded_line(loaded: dict) -> str:
+    "One line about the weights that a run starts from."
+    left = "; ".join(f"{name}, {why}" for name, why in loaded["left_out"].items())
+    return (
+        f"🏁 Starts from {loaded['file']} (sha256 {loaded['sha256'][:12]}): {loaded['loaded']} of {loaded['of']} tensors"
+        f"{f'; not loaded: {left}' if left else ''}"
+    )
 
 # %% ../../nbs/run/04_worker.ipynb #make_trainer
 def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int) -> L.Trainer:
@@ -195,6 +215,7 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
         precision=hardware.precision,
         max_epochs=config.recipe.epochs,
         accumulate_grad_batches=config.microbatches_per_rank,
+        gradient_clip_val=config.recipe.clip_norm or None,  # of the mean: Lightning clips after on_before_optimizer_step
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_checkpointing=True,
@@ -228,18 +249,21 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     datamodule.setup()
     steps_per_epoch = datamodule.train_sampler().steps_per_epoch
     checkpoint = find_checkpoint(run_dir, say)
+    counts = np.bincount(datamodule.train_index.labels, minlength=datamodule.num_classes)
+    module = ResNetModule(config, datamodule.num_classes, steps_per_epoch, counts)
+    loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
     if is_zero:
         devices = device_facts(config, pick_accelerator(config.hardware)) | {"inspection": datamodule.inspection}
-        if warning := record_manifest(run_dir, config, data_facts(datamodule), attempt, devices, resumes=checkpoint is not None):
-            say(f"⚠️ {warning}")
-            with open(run_dir / "train.log", "a", encoding="utf-8") as log:
-                log.write(f"⚠️ {warning}\n")
+        warning = record_manifest(run_dir, config, data_facts(datamodule), attempt, devices, checkpoint is not None, loaded)
+        with open(run_dir / "train.log", "a", encoding="utf-8") as log:
+            for line in filter(None, [warning and f"⚠️ {warning}", loaded and loaded_line(loaded)]):
+                say(line)
+                log.write(f"{line}\n")
     step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     if step == config.recipe.epochs * steps_per_epoch:
         say(f"▶️ {checkpoint.name} is the end of the run: nothing is left to train")
     elif checkpoint:
         say(f"▶️ Resumes from {checkpoint.name}: epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch} of {steps_per_epoch}")
-    module = ResNetModule(config, datamodule.num_classes, steps_per_epoch)
     trainer = make_trainer(config, run_dir, attempt, step)
     outcome = "completed"
     try:
@@ -283,7 +307,8 @@ def main(run_dir: str) -> int:
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
-        report = {"rank": rank, "time": time.time(), "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        said = error.sentence if isinstance(error, BadPicture) else error
+        report = {"rank": rank, "time": time.time(), "error": f"{type(error).__name__}: {said}", "traceback": traceback.format_exc()}
         Path(f"{stem}.error.json").write_text(json.dumps(report), encoding="utf-8")
         sys.stdout.flush()
         os._exit(1)  # not sys.exit: a peer that is gone must not hold this one in a destructor
