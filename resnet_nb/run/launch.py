@@ -10,6 +10,7 @@ __all__ = ['KEEP_MEMORY', 'command', 'first_error', 'supervise', 'RunFailed', 'R
 import functools
 import json
 import os
+import resource
 import re
 import signal
 import subprocess
@@ -89,12 +90,19 @@ def _pass_on(ranks: subprocess.Popen, number, frame) -> None:
     ranks.send_signal(signal.SIGTERM)
 
 
+def _cpu_seconds() -> float:
+    "CPU time of all processes that were started here and have ended, with those that they started."
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
     "Start the ranks, wait, start them again while they get on, and keep run.json true."
     config = load_config(run_dir)
     sign_lock(lock)
     attempts = read_status(run_dir)["attempts"]
     for _ in range(max_attempts):
+        spent = _cpu_seconds()
         attempt, before = len(attempts) + 1, set((run_dir / "checkpoints").glob("step-*"))
         with open(run_dir / "logs" / f"attempt-{attempt}.log", "ab") as log:
             ranks = subprocess.Popen(
@@ -106,9 +114,9 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
                 signal.signal(number, functools.partial(_pass_on, ranks))
             begun = {"attempt": attempt, "hw": config.hw, "world_size": config.world_size, "started": utc_now()}
             write_status(run_dir, status="running", reason="", attempts=[*attempts, begun | {"pid": ranks.pid}])
-            exit_code = ranks.wait()
+            exit_code, spent = ranks.wait(), _cpu_seconds() - spent
         status, reason = _outcome(run_dir, attempt, exit_code)
-        attempts.append(begun | {"ended": utc_now(), "status": status, "reason": reason})
+        attempts.append(begun | {"ended": utc_now(), "cpu_seconds": round(spent, 1), "status": status, "reason": reason})
         got_on = set((run_dir / "checkpoints").glob("step-*")) - before
         again = status == "failed" and got_on and not (run_dir / "STOP").exists()
         write_status(run_dir, status="running" if again else status, reason=reason, attempts=attempts)
