@@ -60,6 +60,9 @@ class _Commands(click.Group):
     "Turns the errors that users can mend into one line."
 
     def invoke(self, context):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a terminal that knows no emoji shows "?"
         try:
             return super().invoke(context)
         except (ValueError, OSError) as error:
@@ -74,10 +77,11 @@ def main():
     "Reproducible training of ResNets; a run is a function of its recipe and its seed."
 
 
-def _find_run(name: str) -> Path:
-    "The folder of a run, given by name or by path."
+def _find_run(name: str, damaged: bool = False) -> Path:
+    "The folder of a run, given by name or by path; ValueError where there is none, or, unless allowed, it can't be read."
     run_dir = Path(name) if "/" in name or (Path(name) / "config.json").exists() else run_path(name)
-    load_config(run_dir)
+    if not (damaged and (run_dir / "config.json").exists()):
+        load_config(run_dir)
     return run_dir.resolve()
 
 # %% ../nbs/90_cli.ipynb #execute
@@ -96,11 +100,13 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides."
     import papermill
 
+    environment = launch.SAFE_PYTHON | environment
     os.environ.update(environment)
     try:
         papermill.execute_notebook(
             str(source), str(target), parameters, progress_bar=False, stdout_file=sys.stdout, cwd=str(Path.cwd()),
-            extra_arguments=["--log-level=ERROR"],  # of the kernel, which warns that its local sockets are not encrypted
+            # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
+            extra_arguments=["--log-level=ERROR", "--IPKernelApp.ignore_cwd=True"],
         )  # fmt: skip
     finally:
         for name in environment:
@@ -186,8 +192,8 @@ def _report(findings) -> None:
 
 
 @main.command()
-@click.argument("a", callback=lambda context, option, value: _find_run(value))
-@click.argument("b", required=False, callback=lambda context, option, value: value and _find_run(value))
+@click.argument("a", callback=lambda context, option, value: _find_run(value, damaged=True))
+@click.argument("b", required=False, callback=lambda context, option, value: value and _find_run(value, damaged=True))
 def verify(a, b):
     "Compare run A with run B, or check A by itself, from their folders alone."
     _report(compare_runs(a, b) if b else verify_run(a))

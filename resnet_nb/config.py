@@ -171,6 +171,8 @@ class Hardware(Strict):
                 f"devices={self.devices}: accelerator {self.accelerator!r} is one device; "
                 "use hw=cpu2 to rehearse several processes, or accelerator 'cuda'"
             )
+        if self.accelerator == "cpu" and self.precision == "16-mixed":  # Lightning would run bf16 instead, with a warning
+            raise ValueError("precision='16-mixed': a CPU has no fp16 training; use bf16-mixed or 32-true")
         if self.accelerator in ("auto", "mps") and self.channels_last:
             raise ValueError("channels_last=True is not offered where the device may be MPS: its BatchNorm gradients were wrong")
         return self

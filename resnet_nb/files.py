@@ -30,5 +30,13 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path) -> dict:
-    "The object in `path`; {} where there is no such file."
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    "The object in `path`; {} where there is no such file, ValueError where it is damaged."
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged, it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} is damaged, it holds a {type(value).__name__} where an object is needed")
+    return value

@@ -9,9 +9,10 @@ __all__ = ['SAME', 'DIFFERENT', 'NOT_COMPARABLE', 'DAMAGED', 'Finding', 'exit_co
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.sampler import steps_per_epoch
 from ..files import read_json
 from ..run.checkpoints import checkpoints, damage
-from ..run.folder import first_difference, load_config, read_rows, run_identity
+from ..run.folder import damaged_lines, first_difference, load_config, read_rows, run_identity
 
 # %% ../../nbs/results/02_compare.ipynb #Finding
 SAME, DIFFERENT, NOT_COMPARABLE, DAMAGED = 0, 1, 2, 3  # exit codes of `resnet-nb verify`
@@ -54,11 +55,13 @@ def _classes(run_dir: Path) -> list[Finding]:
 def verify_run(run_dir: Path) -> list[Finding]:
     "Findings about one run folder by itself; all SAME where it is whole."
     found = []
-    for name, needed in (("config.json", "recipe"), ("manifest.json", "data")):
+    values = {}
+    for name, needed in (("config.json", "recipe"), ("manifest.json", "data"), ("run.json", "status")):
         try:
-            whole = needed in read_json(run_dir / name)
+            values[name] = read_json(run_dir / name)
         except ValueError:
-            whole = False
+            values[name] = {}
+        whole = needed in values[name]
         found.append(
             Finding("files", SAME if whole else DAMAGED, f"{name} is {'whole' if whole else f'missing, damaged or without {needed!r}'}")
         )
@@ -66,7 +69,15 @@ def verify_run(run_dir: Path) -> list[Finding]:
     wanted = list(range(1, len(steps) + 1))
     wrong = next((i for i, (got, want) in enumerate(zip(steps, wanted)) if got != want), None)
     text = f"{len(steps)} steps, without gaps or repeats" if wrong is None else f"after step {wrong} comes step {steps[wrong]}"
+    if not any(finding.verdict for finding in found) and wrong is None:
+        r, pictures = load_config(run_dir).recipe, values["manifest.json"]["data"]["train_pictures"]
+        total = r.epochs * steps_per_epoch(pictures, r.num_microbatches, r.microbatch_size)
+        text = f"{len(steps)} of {total} steps, without gaps or repeats"
+        if values["run.json"]["status"] == "completed" and len(steps) != total:
+            wrong, text = len(steps), f"it is completed, with {len(steps)} of {total} steps"
     found.append(Finding("files", SAME if wrong is None else DAMAGED, text))
+    if lines := damaged_lines(run_dir):
+        found.append(Finding("files", DAMAGED, f"metrics.jsonl holds what is no row, in line {', '.join(map(str, lines[:5]))}"))
     found += _classes(run_dir)
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = damage(checkpoint)

@@ -20,15 +20,15 @@ from ..data.sampler import MicrobatchSampler, steps_per_epoch
 from ..data.transforms import decode, eval_picture, load_train
 from ..files import read_json
 from ..run.folder import all_rows, load_config, read_rows
-from ..schedule import lr_at, size_at
+from ..schedule import lr_at, size_at, size_plan
 
 # %% ../../nbs/results/00_plots.ipynb #plot_plan
 LOGGED, TRAIN, VAL, PLANNED = "#2166ac", "#1b7837", "#b2182b", "#bbbbbb"
 
 
 def _draw_lr_plan(ax, recipe: Recipe, per_epoch: int) -> None:
-    steps = np.arange(recipe.epochs * per_epoch)
-    steps = steps[:: max(1, len(steps) // 3000)]
+    total = recipe.epochs * per_epoch
+    steps = np.unique(np.linspace(0, total - 1, min(total, 3000)).round())
     ax.plot(steps / per_epoch, [lr_at(recipe, int(s), per_epoch) for s in steps], color=PLANNED, lw=5, label="planned")
     ax.set_ylabel("learning rate")
 
@@ -39,6 +39,11 @@ def _draw_sizes(ax, epochs, sizes, **style) -> None:
     ax.set_yticks(sorted(set(sizes)))
 
 
+def _draw_size_plan(ax, recipe: Recipe, **style) -> None:
+    firsts, sizes = zip(*size_plan(recipe))
+    _draw_sizes(ax, [*firsts, recipe.epochs - 1], [*sizes, sizes[-1]], color=PLANNED, lw=5, **style)
+
+
 def plot_plan(
     recipe: Recipe,
     per_epoch: int,  # optimizer steps in an epoch
@@ -46,8 +51,7 @@ def plot_plan(
     "Learning rate and image size as planned."
     fig, (top, bottom) = plt.subplots(2, 1, figsize=(7, 3.6), sharex=True, layout="constrained")
     _draw_lr_plan(top, recipe, per_epoch)
-    epochs = range(recipe.epochs)
-    _draw_sizes(bottom, epochs, [size_at(recipe, e) for e in epochs], color=PLANNED, lw=5)
+    _draw_size_plan(bottom, recipe)
     bottom.set_xlabel("epoch")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
     plt.close(fig)  # the caller shows it, once
@@ -64,7 +68,7 @@ def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
         keys = next(iter(sampler))
         for ax, key, (pixels, _) in zip(row, keys, load_train(train, config.seed, keys, r)):
             ax.imshow(pixels)
-            ax.set_title(train.titles[train.labels[key.index]], fontsize=7)
+            ax.set_title(train.titles[train.labels[key.index]], fontsize=7, parse_math=False)
         for ax in row:
             ax.axis("off")
         row[0].text(-0.15, 0.5, f"epoch {epoch + 1}\n{keys[0].size} px", transform=row[0].transAxes, ha="right", va="center", fontsize=8)
@@ -115,8 +119,7 @@ def plot_run(run_dir: str | Path) -> Figure:
     marker = {"marker": "o", "ms": 3} if r.epochs <= 30 else {}
     _draw_losses(loss, at_step, steps, train, val, marker)
     _draw_accuracies(acc, train, val, marker)
-    epochs = range(r.epochs)
-    _draw_sizes(size, epochs, [size_at(r, e) for e in epochs], color=PLANNED, lw=5, label="planned")
+    _draw_size_plan(size, r, label="planned")
     seen = sorted({row["epoch"]: row["image_size"] for row in steps}.items())
     _draw_sizes(size, *zip(*seen), color=LOGGED, lw=1.2, label="as batches had it")
     size.set_xlabel("epoch")
@@ -180,6 +183,6 @@ def plot_odd(report: dict, indexes: dict[str, Index], each: int = 4) -> Figure |
             ax.imshow(eval_picture(decode(indexes[split].read(i)), 96, 8 / 7))
         except ValueError:
             ax.imshow(np.full((1, 1, 3), 160, np.uint8))
-        ax.set_title(f"{split}: {kind}\n{os.fsencode(os.path.basename(name)).decode(errors='replace')[-22:]}", fontsize=6)
+        ax.set_title(f"{split}: {kind}\n{os.fsencode(os.path.basename(name)).decode(errors='replace')[-22:]}", fontsize=6, parse_math=False)
     plt.close(fig)
     return fig

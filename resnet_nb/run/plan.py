@@ -10,6 +10,7 @@ __all__ = ['USUAL', 'WRITTEN_RUN', 'resolve', 'read_parameters', 'has_kernels', 
 import ctypes
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
         recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).expanduser().resolve())})
     if recipe.dataset == "photos" and not (p.data_dir or os.environ.get("PHOTOS_DIR")):
         raise ValueError(f"recipe {recipe_name} is for pictures of your own; say where they are, with -p data_dir DIR or $PHOTOS_DIR")
-    stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}"
+    stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # two may start in one second
     return checked(RunConfig, {
         "name": p.name or f"{recipe_name}-{p.hw}-{stamp}",
         "recipe_name": recipe_name, "recipe": recipe,
@@ -83,7 +84,7 @@ def read_parameters(namespace: dict[str, Any]) -> Parameters:
 def _ask_torch(expression: str):
     "The value of a Python expression in which torch and torchvision are known."
     code = f"import json, torch, torchvision; print(json.dumps({expression}))"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    asked = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     if asked.returncode:
         raise RuntimeError(f"torch can't be imported here:\n{asked.stderr.strip()[-2000:]}")
     return json.loads(asked.stdout.splitlines()[-1])
@@ -110,7 +111,9 @@ def _may_have_gpu() -> bool:
 # %% ../../nbs/run/05_plan.ipynb #validate_hardware
 def validate_hardware(hw: str, hardware: Hardware, exact: bool = False, ask: Callable = _ask_torch) -> None:
     "Raise ValueError where this machine can't serve the profile (and exact numerics, if wished), with what was found and what to do."
-    if hardware.accelerator == "cpu" or (hardware.accelerator == "auto" and not _may_have_gpu()):
+    if hardware.accelerator == "auto" and not _may_have_gpu():
+        hardware = checked(Hardware, hardware.model_dump() | {"accelerator": "cpu"})  # what it comes to here
+    if hardware.accelerator == "cpu":
         return
     found = ask(
         "{'torch': torch.__version__, 'mps': torch.backends.mps.is_available(), 'arch_list': torch.cuda.get_arch_list(), "
@@ -135,7 +138,7 @@ def validate_hardware(hw: str, hardware: Hardware, exact: bool = False, ask: Cal
             major, minor = capability
             raise ValueError(
                 f"torch {found['torch']} has no kernels for {name} (compute capability {major}.{minor}; built for {', '.join(found['arch_list'])}); "
-                "install a build that has them (for V100: torch==2.10.0, or a cu126 build), or train on the CPU with overrides: {accelerator: cpu}"
+                "install a build that has them (for V100: torch==2.10.0, or a cu126 build), or train on the CPU with overrides: {accelerator: cpu, precision: 32-true}"
             )
 
 # %% ../../nbs/run/05_plan.ipynb #validate_arch

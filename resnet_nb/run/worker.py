@@ -31,7 +31,7 @@ import torchvision
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from ..config import Hardware, RunConfig
+from ..config import Hardware, RunConfig, checked
 from ..data.datamodule import ImageNetDataModule
 from ..data.index import BadPicture, fingerprint
 from ..data.transforms import jpeg_decoder
@@ -40,6 +40,7 @@ from ..learn.module import ResNetModule
 from ..learn.numerics import ExactDDPStrategy
 from .checkpoints import STATE, find_checkpoint, weights_source
 from resnet_nb.run.folder import (
+    NUMERIC_VARIABLES,
     append_rows,
     code_facts,
     environment_facts,
@@ -57,7 +58,9 @@ def pick_accelerator(hardware: Hardware) -> str:
     "'auto' made concrete: mps, else cuda, else cpu."
     if hardware.accelerator != "auto":
         return hardware.accelerator
-    return "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+    found = "mps" if torch.backends.mps.is_available() else "cuda" if torch.cuda.is_available() else "cpu"
+    checked(Hardware, hardware.model_dump() | {"accelerator": found})  # ValueError where a CPU can't do what was asked
+    return found
 
 
 def set_threads(config: RunConfig) -> None:
@@ -113,6 +116,7 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
     "What must be the same for the same bits; plain values."
     on_cuda = accelerator == "cuda"
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}
+    variables = {name: os.environ[name] for name in NUMERIC_VARIABLES if name in os.environ}
     return {
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
@@ -126,6 +130,7 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
         "precision": config.hardware.precision,
         "channels_last": config.hardware.channels_last,
         "deterministic": config.numerics == "exact",
+        **({"variables": variables} if variables else {}),
     }
 
 

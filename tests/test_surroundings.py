@@ -1,0 +1,127 @@
+"""What surrounds a run does not change it: the environment, the current folder, the terminal, damaged files."""
+
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import STEPS
+
+from resnet_nb import cli
+from resnet_nb.config import RECIPES
+from resnet_nb.files import read_json
+from resnet_nb.results.plots import plot_plan
+from resnet_nb.run.folder import create_run, damaged_lines, is_locked, read_rows, read_status, run_path
+from resnet_nb.schedule import size_plan
+
+STRAY = {
+    "PL_TRAINER_LIMIT_TRAIN_BATCHES": "2", "PL_TRAINER_GRADIENT_CLIP_VAL": "0.001", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
+    "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "a", "MASTER_ADDR": "10.1.2.3", "PET_NNODES": "2", "PYTHONWARNINGS": "error",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A folder with modules that must not be imported."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "resnet_nb").mkdir()
+    for name in ("random.py", "lightning.py", "numpy.py", "resnet_nb/__init__.py"):
+        (folder / name).write_text("raise SystemExit('a module of the current folder was imported')")
+    return folder
+
+
+def steps(run_dir):
+    return [(row["digest"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
+
+
+def test_a_run_is_the_same_in_any_environment_folder_and_terminal(home, one, hostile):
+    config = read_json(one / "config.json")
+    wish = Path(hostile / "wish.yaml")
+    parameters = config["parameters"] | {"name": "surrounded"}
+    wish.write_text("\n".join(f"{key}: {value!r}" for key, value in parameters.items()))
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONUTF8", "LANG", "LC_ALL")}
+    environment |= STRAY | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    command = [str(Path(sys.executable).parent / "resnet-nb"), "train", "-f", "wish.yaml"]
+    del environment["PYTHONWARNINGS"]  # a person's own command may fail by it; what it starts must not
+    done = subprocess.run(command, cwd=hostile, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    run_dir = run_path("surrounded")
+    assert steps(run_dir) == steps(one) and len(steps(run_dir)) == 3 * STEPS
+    left_out = read_status(run_dir)["attempts"][0]["left_out_of_environment"]
+    assert left_out == sorted(STRAY.keys() - {"PYTHONWARNINGS"} | {"PYTHONIOENCODING"})
+    assert "📚 Epoch 1/3" in (run_dir / "train.log").read_text(encoding="utf-8")
+
+
+def test_inherited_whole_the_same_environment_would_have_changed_it(make_config):
+    run_dir = create_run(make_config("inherited", "local", epochs=1, image_sizes=[16]))
+    words = [sys.executable, "-m", "resnet_nb.run.worker", str(run_dir)]
+    subprocess.run(words, env=os.environ | {"PL_TRAINER_LIMIT_TRAIN_BATCHES": "4"}, check=True, capture_output=True)
+    assert 0 < len(steps(run_dir)) < STEPS
+
+
+def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tmp_path):
+    def verdict(damage):
+        copy = tmp_path / f"copy-{len(list(tmp_path.iterdir()))}"
+        subprocess.run(["cp", "-r", one, copy], check=True)
+        damage(copy)
+        result = CliRunner().invoke(cli.main, ["verify", str(copy)])
+        return result.exit_code, result.output
+
+    def without_its_last_steps(run):
+        lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+        last = [n for n, line in enumerate(lines) if '"event": "step"' in line][-2:]
+        (run / "metrics.jsonl").write_text("".join(line for n, line in enumerate(lines) if n not in last))
+
+    def garbage(run):
+        with open(run / "metrics.jsonl", "ab") as file:
+            file.write(b"\xff\x00 garbage\n")
+        assert damaged_lines(run) and steps(run) == steps(one)
+
+    code, text = verdict(lambda run: None)
+    assert code == 0 and f"{3 * STEPS} of {3 * STEPS} steps" in text, text
+    code, text = verdict(without_its_last_steps)
+    assert code == 3 and f"it is completed, with {3 * STEPS - 2} of {3 * STEPS} steps" in text, text
+    code, text = verdict(garbage)
+    assert code == 3 and "metrics.jsonl holds what is no row, in line" in text, text
+    for name in ("config.json", "manifest.json", "run.json"):
+        code, text = verdict(lambda run: (run / name).write_bytes(b"\xff\x81{"))
+        assert code == 3 and f"{name} is missing, damaged" in text, text
+    code, text = verdict(lambda run: (run / "manifest.json").write_text("[]"))
+    assert code == 3 and "manifest.json is missing, damaged" in text, text
+
+
+def test_damaged_files_are_named_by_every_command(one, tmp_path):
+    subprocess.run(["cp", "-r", one, tmp_path / "copy"], check=True)
+    (tmp_path / "copy" / "manifest.json").write_bytes(b"\xff\x81{")
+    result = CliRunner().invoke(cli.main, ["plot", str(tmp_path / "copy")])
+    assert result.exit_code == 2 and "manifest.json' is damaged, it is not JSON" in result.output, result.output
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment, which only root may")
+def test_looking_at_a_run_of_another_user_writes_nothing(one):
+    def look():
+        os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError):
+                open(one / "lock", "a")
+            return is_locked(one), read_status(one)["status"]
+        finally:
+            os.seteuid(0)
+
+    for folder in [one, *one.parents]:
+        folder.chmod(folder.stat().st_mode | 0o055)
+    assert look() == (False, "completed")
+
+
+def test_a_plan_of_a_million_epochs_is_drawn_in_little_memory():
+    recipe = RECIPES["digits"].model_copy(update={"epochs": 1_000_000})
+    tracemalloc.start()
+    figure = plot_plan(recipe, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+    assert [size for _, size in size_plan(recipe)] == [16, 24, 32]
+    assert len(figure.axes[0].lines[0].get_xdata()) <= 3000
