@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
+from resnet_nb.config import RECIPES, as_yaml
 from resnet_nb.run.folder import read_status, run_path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,10 @@ RUN = {
     "resnet-nb train -p hw local -p recipe imagenette -p data_dir ~/imagenette": (OWN, "done: "),
     "resnet-nb train -p hw cpu2": (TRAINS, "done: "),
     "resnet-nb train -p recipe photos -p data_dir ~/pets": (OWN, "done: "),
+    "resnet-nb train -p recipe pets.yaml -p data_dir ~/pets": (OWN, "done: "),
+    "resnet-nb recipes show finetune > pets.yaml": ("; cat pets.yaml", "base: finetune"),
+    "resnet-nb recipes": ("", "not measured"),
+    "resnet-nb hw": ("", "data workers per rank"),
     "resnet-nb train -p hw g5": ("", FEW_CUDA),
     "resnet-nb train -p hw p3": ("", FEW_CUDA),
     "resnet-nb train -y '{overrides: {epochs: 2, arch: resnet34, image_sizes: [64, 96]}}'": (
@@ -39,6 +44,10 @@ RUN = {
         "",
     ),
     "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/bench_step.ipynb runs/bench_step.ipynb": (" -p turns 1 -p size 32", ""),
+    "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/finetune.ipynb runs/finetune.ipynb -p seeds 3": (
+        " -p seeds 1 -p few 40 -p epochs 6 -p epochs_before 6 -y 'image_sizes: [16]'",
+        "",
+    ),
     "resnet-nb follow NAME": ("", "epoch   3/3"),
     "resnet-nb stop NAME": ("", "is not running"),
     "resnet-nb plot NAME": ("", "curves.png"),
@@ -62,7 +71,7 @@ NOT_RUN = {
     "make setup TORCH='torch==2.10.0 torchvision==0.25.0'": "gets another build of torch, several GB",
 }
 # make is typed in the root; the proof takes minutes, and the way from another folder is the longer one
-ONCE = {command: "root" if command.startswith("make") else "elsewhere" for command in RUN if re.search("^make|exactness", command)}
+ONCE = {command: "root" if command.startswith("make") else "elsewhere" for command in RUN if re.search("^make|exactness|finetune", command)}
 FAILS = {"resnet-nb train -p hw g5", "resnet-nb train -p hw p3"}
 
 
@@ -102,11 +111,13 @@ def test_printed_commands_work(command, place, places, data, tmp_path):
     more, says = RUN[command]
     words = re.sub(r"\b(NAME|A|B|DIR)\b", lambda name: names[name[0]], command).replace("PACKED", f"'{tmp_path / 'packed'}'")
     words = words.replace("/folder/of/imagenette", "").replace("runs/", f"{tmp_path}/")
+    (tmp_path / "pets.yaml").write_text(as_yaml(RECIPES["photos"], base="photos"))
     if place == "elsewhere":
         words = words.replace("nbs/", f"{ROOT}/nbs/")
     new = re.sub(r"\W+", "-", f"{command} {place}")[:60].strip("-")
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(person)}
     words += more.replace("{new}", new).replace("{data}", str(data) if "make" in command else f"'{data}'")
+    words = words.replace("pets.yaml", f"{tmp_path}/pets.yaml")
     done = subprocess.run(
         ["bash", "-c", words], cwd=folders[place], env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )

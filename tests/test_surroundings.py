@@ -87,7 +87,7 @@ def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tm
     code, text = verdict(garbage)
     assert code == 3 and "metrics.jsonl holds what is no row, in line" in text, text
     for name in ("config.json", "manifest.json", "run.json"):
-        code, text = verdict(lambda run: (run / name).write_bytes(b"\xff\x81{"))
+        code, text = verdict(lambda run, name=name: (run / name).write_bytes(b"\xff\x81{"))
         assert code == 3 and f"{name} is missing, damaged" in text, text
     code, text = verdict(lambda run: (run / "manifest.json").write_text("[]"))
     assert code == 3 and "manifest.json is missing, damaged" in text, text

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from ..config import Recipe, RunConfig
-from .network import build_model, freeze, move_running_stats, param_groups, start_from, take_running_stats
+from .network import build_model, freeze, move_running_stats, param_groups, stages, start_from, take_running_stats
 from .numerics import UNIT, GradientSum, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
 from ..schedule import is_frozen, lr_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
@@ -107,8 +107,10 @@ class StepSums:
 # %% ../../nbs/learn/02_module.ipynb #make_optimizer
 def make_optimizer(network: nn.Module, recipe: Recipe, steps_per_epoch: int) -> dict:
     "What `configure_optimizers` returns to Lightning: the recipe's optimizer, and its learning rate at every step."
-    share = recipe.backbone_lr_share
-    groups = param_groups(network, recipe.weight_decay, recipe.peak_lr * share if share != 1 else None)
+    rates = [recipe.peak_lr * recipe.backbone_lr_share] if recipe.backbone_lr_share != 1 else None
+    if recipe.layer_lr_decay != 1:
+        rates = [recipe.peak_lr * recipe.layer_lr_decay**depth for depth in range(1, len(stages(network)) + 1)]
+    groups = param_groups(network, recipe.weight_decay, rates)
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     else:

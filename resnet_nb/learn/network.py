@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'PREFIX', 'AUXILIARY', 'GhostBatchNorm2d', 'ghost_batchnorm', 'plain_batchnorm', 'take_running_stats',
            'move_running_stats', 'build_model', 'check_sizes', 'arch_problem', 'weights_file', 'read_weights',
-           'head_name', 'load_weights', 'start_from', 'weights_problem', 'freeze', 'param_groups']
+           'head_name', 'load_weights', 'start_from', 'weights_problem', 'freeze', 'stages', 'depth_of_modules',
+           'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
 import fcntl
@@ -285,20 +286,46 @@ def freeze(
             module.fixed = norms
     network.zero_grad(set_to_none=True)
 
+# %% ../../nbs/learn/01_network.ipynb #stages
+def stages(network: nn.Module) -> list[str]:
+    "Names of the parts of a network before its head, the first one first; the layers before the first part, and what it holds itself, are one of their own ('')."
+    head, parts, prefix = head_name(network), dict(network.named_children()), ""
+    while True:
+        parts = {name: part for name, part in parts.items() if any(part.children()) and any(True for _ in part.parameters())}
+        parts = {name: part for name, part in parts.items() if not f"{head}.".startswith(f"{prefix}{name}.")}
+        if len(parts) != 1:
+            break
+        ((name, part),) = parts.items()
+        inner = {inner: module for inner, module in part.named_children() if any(module.children())}
+        if len(inner) < 2:
+            break
+        prefix, parts = f"{prefix}{name}.", dict(part.named_children())
+    return ["", *(f"{prefix}{name}" for name in parts)]
+
+
+def depth_of_modules(network: nn.Module, count: int) -> dict[str, int]:
+    "For each module's name how far its own parameters are from the head: 0 for the head, 1 for the last of `count` stages, `count` for all before."
+    head, found, depths = head_name(network) if count else "", stages(network) if count else [], {}
+    for name, _ in network.named_modules():
+        here = max((i for i, stage in enumerate(found) if i == 0 or f"{name}.".startswith(f"{stage}.")), default=0)
+        depths[name] = 0 if not count or name == head else min(count, len(found) - here)
+    return depths
+
 # %% ../../nbs/learn/01_network.ipynb #param_groups
 def param_groups(
     network: nn.Module,
     weight_decay: float,
-    backbone_lr: float | None = None,  # learning rate of all but the head; None: one rate for all
+    rates: list[float] | None = None,  # learning rates of the stages before the head, the last stage's first; None: one rate for all
 ) -> list[dict]:
-    "Parameter groups for an optimizer: the weights that decay, and all other parameters; with a rate of its own the backbone's follow the head's."
-    head = None if backbone_lr is None else head_name(network)
-    groups = {(backbone, decays): [] for backbone in ([False] if head is None else [False, True]) for decays in (True, False)}
+    "Parameter groups for an optimizer: the weights that decay, and all other parameters; with rates of their own the stages follow the head."
+    depths = depth_of_modules(network, len(rates or []))
+    groups = {(depth, decays): [] for depth in range(len(rates or []) + 1) for decays in (True, False)}
     for where, module in network.named_modules():
         matrix = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention))
         for name, parameter in module.named_parameters(recurse=False):
-            groups[head is not None and where != head, matrix and name.endswith("weight")].append(parameter)
+            groups[depths[where], matrix and name.endswith("weight")].append(parameter)
     return [
-        {"params": parameters, "weight_decay": weight_decay if decays else 0.0} | ({"lr": backbone_lr} if backbone else {})
-        for (backbone, decays), parameters in groups.items()
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0} | ({"lr": rates[depth - 1]} if depth else {})
+        for (depth, decays), parameters in groups.items()
+        if parameters or depth < 2
     ]

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, checked, nearest
+from ..config import HARDWARE, Hardware, Parameters, Recipe, RunConfig, checked, nearest, read_recipe
 from ..data.index import Index
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
@@ -28,8 +28,8 @@ from ..schedule import size_plan
 from ..seed import STREAM_VERSION
 
 # %% ../../nbs/run/05_plan.ipynb #resolve
-def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
-    "The run that `parameters` ask for; raises ValueError for anything unknown, mistyped or out of range."
+def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig | None = None) -> RunConfig:
+    "The run that `parameters` ask for, or with them the recipe of an `old` run again; raises ValueError for anything unknown, mistyped or out of range."
     p = parameters
     if p.hw not in HARDWARE:
         raise ValueError(f"unknown hw {p.hw!r}; {nearest(p.hw, HARDWARE)}")
@@ -39,8 +39,7 @@ def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
             "data_dir is given and no recipe; choose one: photos (from nothing), finetune (from trained weights), or imagenette, imagenet, digits "
             "for these data sets, with -p recipe NAME"
         )
-    if recipe_name not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe_name!r}; {nearest(recipe_name, RECIPES)}")
+    recipe_name, recipe, recipe_sha256 = (old.recipe_name, old.recipe, old.recipe_sha256) if old else read_recipe(recipe_name)
     fields = Recipe.model_fields.keys() | Hardware.model_fields.keys()
     if unknown := [field for field in p.overrides if field not in fields]:
         raise ValueError(f"unknown field {unknown[0]!r} in overrides; {nearest(unknown[0], fields)}")
@@ -48,7 +47,7 @@ def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
     def overridden(model, base):
         return checked(model, base.model_dump() | {k: v for k, v in p.overrides.items() if k in model.model_fields})
 
-    recipe = overridden(Recipe, RECIPES[recipe_name])
+    recipe = overridden(Recipe, recipe)
     if Path(recipe.weights).expanduser().is_file() or "/" in recipe.weights:  # ranks may work in another folder
         recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).expanduser().resolve())})
     if recipe.dataset == "photos" and not (p.data_dir or os.environ.get("PHOTOS_DIR")):
@@ -56,7 +55,7 @@ def resolve(parameters: Parameters, now: datetime | None = None) -> RunConfig:
     stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # two may start in one second
     return checked(RunConfig, {
         "name": p.name or f"{recipe_name}-{p.hw}-{stamp}",
-        "recipe_name": recipe_name, "recipe": recipe,
+        "recipe_name": recipe_name, "recipe": recipe, "recipe_sha256": recipe_sha256,
         "hw": p.hw, "hardware": overridden(Hardware, HARDWARE[p.hw]),
         "data_dir": str(find_data_dir(recipe.dataset, p.data_dir)),
         "seed": p.seed, "numerics": p.numerics, "stream_version": STREAM_VERSION, "parameters": p,
