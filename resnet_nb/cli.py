@@ -29,6 +29,7 @@ from resnet_nb.config import (
 from .data.index import cache_dir
 from .data.inspect import inspect_data, summary
 from .data.pack import pack
+from .data.splits import drawn_line, index_data
 from .results.compare import compare_runs, exit_code, verify_run
 from .run import launch
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, run_path
@@ -276,11 +277,17 @@ def check():
 @check.command()
 @click.argument("data_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--page/--no-page", default=True, help="Make the notebook page with pictures.")
-def data(data_dir, page):
+@click.option(
+    "--val-share", default=0.0, type=click.FloatRange(0, 0.5), help="Show the validation set that a run with this share would draw."
+)
+@click.option("--group", default="", help="Pictures that stay together then: 'folder', or a regular expression.")
+def data(data_dir, page, val_share, group):
     "Decode every picture in DATA_DIR once, and report what is bad or odd. Exit code 1 where something should be mended."
     report = inspect_data(data_dir)
     for line in summary(report):
         click.echo(line)
+    if val_share:
+        click.echo(drawn_line(*index_data(data_dir, val_share, group), val_share))
     folder = cache_dir(data_dir)
     click.echo(f"report: {_shown(folder / 'inspection.json')}")
     if page:

@@ -182,7 +182,7 @@ REFUSED = {
     "a parquet shard that is cut short": (
         "parquet", lambda data: edit(data / "train.parquet", lambda shard: shard[:-9]), "train.parquet' is no parquet file that can be used"),
     "parquet shards of one split only": (
-        "parquet", lambda data: (data / "val.parquet").unlink(), "has parquet files, but none called val*.parquet; both splits are needed"),
+        "parquet", lambda data: (data / "train.parquet").unlink(), "has parquet files, but none called train*.parquet; pictures to train on are needed"),
     "an old pack": (
         "pack", pack_says(version=1), "was made by another version of resnet-nb (pack version 1, needed is 2); pack again, into another folder"),
     "an unfinished pack": (

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'SOME', 'BAD', 'find_data_dir', 'make_digits', 'prepare_data', 'spelling_problem', 'list_data',
-           'whole_data', 'content_keys', 'group_keys', 'draw_val', 'has_val', 'index_data', 'read_inspection',
-           'inspected_indexes', 'unread_problem', 'one_class_problem', 'load_data']
+           'whole_data', 'content_keys', 'group_keys', 'draw_val', 'has_val', 'drawn_line', 'index_data',
+           'read_inspection', 'inspected_indexes', 'unread_problem', 'one_class_problem', 'load_data']
 
 # %% ../../nbs/data/02_splits.ipynb #imports
 import hashlib
@@ -222,6 +222,16 @@ def has_val(data_dir: str | Path, train: Index, val: Index, val_share: float = 0
                 "use that one, with overrides: {val_share: 0, group: ''}"
             )
     return len(val) > 0
+
+
+def drawn_line(train: Index, val: Index, val_share: float) -> str:
+    "What val_share draws, and the class that it leaves with the fewest validation pictures."
+    counts = np.bincount(val.labels, minlength=len(val.classes))
+    least, name = int(counts.argmin()), val.classes[int(counts.argmin())]
+    return (
+        f"val_share {val_share:g}: {len(train):,} training and {len(val):,} validation pictures; the fewest for validation has {name!r}, "
+        f"{counts[least]:,} of {counts[least] + np.sum(train.labels == least):,}"
+    )
 
 
 def index_data(data_dir: str | Path, val_share: float = 0.0, group: str = "") -> tuple[Index, Index]:

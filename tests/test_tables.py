@@ -1,0 +1,168 @@
+"""Pictures beside a table of their labels: the same data as in class folders, or one sentence about what is not clear."""
+
+import os
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from test_any_folder import png, refusal, tree, write
+
+from resnet_nb.cli import main
+from resnet_nb.data.formats import find_pictures
+from resnet_nb.data.pack import pack
+from resnet_nb.data.splits import draw_val, index_data, load_data
+
+CLASSES = ("ant", "bee")
+ROWS = [(f"{key}-{i}", key, "train" if i < 6 else "val") for key in CLASSES for i in range(8)]
+
+
+def pictures(folder):
+    """16 pictures of two classes, side by side."""
+    for number, (name, _, _) in enumerate(ROWS):
+        write(folder / f"{name}.png", png(number))
+    return folder.parent
+
+
+def lines(*columns, rows=ROWS, end=""):
+    """Lines of a table: of these columns, each a heading and what it says of a row."""
+    return ",".join(head for head, _ in columns) + "\n" + "".join(",".join(say(*row) for _, say in columns) + "\n" for row in rows) + end
+
+
+FILE, PATH, KEY = ("image_id", lambda name, *_: name), ("path", lambda name, *_: f"images/{name}.png"), ("label", lambda _, key, __: key)
+SPLIT, NUMBER = (
+    ("set", lambda *row: {"train": "Training", "val": "validation"}[row[2]]),
+    ("class_id", lambda _, key, __: str(CLASSES.index(key))),
+)
+ONE_HOT = [(key, lambda _, own, __, key=key: str(float(own == key))) for key in CLASSES]
+AGE = ("age", lambda name, *_: str(30 + int(name[-1])))
+
+WHOLE = {  # a table for both splits
+    "names without their endings": lines(FILE, KEY, SPLIT),
+    "paths": lines(PATH, KEY, SPLIT),
+    "other columns first, and more of them": lines(AGE, SPLIT, KEY, PATH),
+    "a number and a name of each class": lines(FILE, NUMBER, KEY, SPLIT),
+    "a column for each class": lines(FILE, *ONE_HOT, SPLIT),
+    "a label of another name, alone": lines(FILE, ("insect", KEY[1]), SPLIT),
+    "a byte order mark and Windows lines": "\ufeff" + lines(FILE, KEY, SPLIT).replace("\n", "\r\n"),
+    "semicolons": lines(FILE, KEY, SPLIT).replace(",", ";"),
+    "quotes": lines(("image_id", lambda name, *_: f'"{name}"'), KEY, SPLIT),
+    "a row twice": lines(FILE, KEY, SPLIT, end="ant-0,ant,Training\n"),
+}
+
+
+def labelled(index):
+    return {os.path.basename(index.name(i)): (index.classes[index.labels[i]], index.read(i)) for i in range(len(index))}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """What each split must hold: name, class and bytes of each picture."""
+    return [{f"{name}.png".encode(): (key, png(n)) for n, (name, key, at) in enumerate(ROWS) if at == split} for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_one_table_for_both_splits(usual, tmp_path, how):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "labels.csv", WHOLE[how])
+    found = find_pictures(data)
+    assert [labelled(index) for index in (found.train, found.val)] == usual
+    assert found.train.said.startswith("train: 12 pictures, validation: 4 pictures, labels: labels.csv (file: ")
+
+
+def test_a_table_for_each_split_tabs_and_the_pictures_that_are_to_be_guessed(usual, tmp_path):
+    data = pictures(tmp_path / "contest" / "train_images")
+    write(data / "test_images" / "ant-0.png", png(99))  # a name that is in training, too
+    for split, name in (("train", "Train.tsv"), ("val", "valid_labels.tsv")):
+        write(data / name, lines(FILE, KEY, rows=[row for row in ROWS if row[2] == split]).replace(",", "\t"))
+    write(data / "test.csv", "image_id\nant-0\n")
+    write(data / "sample_submission.csv", "image_id,label\nant-0,bee\n")
+    found = find_pictures(data)
+    assert [labelled(index) for index in (found.train, found.val)] == usual
+    assert "passed over: 1 pictures without a row" in found.train.said
+
+
+def test_without_a_validation_set_one_is_drawn_as_from_class_folders_and_kept_by_a_pack(tmp_path, home):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "labels.csv", lines(FILE, KEY))
+    assert "has no validation pictures" in refusal(data, load_data)
+    folders = tmp_path / "folders"
+    for number, (name, key, _) in enumerate(ROWS):
+        write(folders / key / f"{name}.png", png(number))
+    drawn, same = (index_data(where, 0.4) for where in (data, folders))
+    assert [labelled(index) for index in drawn] == [labelled(index) for index in same]
+    assert len(drawn[1]) and [labelled(index) for index in index_data(data, 0.2)] != [labelled(index) for index in drawn]
+    pack(data, tmp_path / "packed", 0, 90, "fail", print, 0.4)
+    packed = index_data(tmp_path / "packed")
+    assert [{key for key, _ in labelled(index).values()} for index in packed] == [set(CLASSES)] * 2
+    assert [sorted(data for _, data in labelled(index).values()) for index in packed] == [
+        sorted(data for _, data in labelled(index).values()) for index in drawn
+    ]
+    result = CliRunner().invoke(main, ["check", "data", str(data), "--no-page", "--val-share", "0.4"])
+    assert result.exit_code == 0 and f"val_share 0.4: {len(drawn[0])} training and {len(drawn[1])} validation pictures" in result.output
+
+
+def test_a_table_that_changed_is_read_again(tmp_path, home):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "labels.csv", lines(FILE, KEY, SPLIT))
+    assert len(index_data(data)[0]) == 12
+    os.utime(data / "labels.csv", (1, 1))
+    write(data / "labels.csv", lines(FILE, KEY, SPLIT, rows=ROWS[1:]))
+    assert len(index_data(data)[0]) == 11
+
+
+def test_class_folders_go_before_a_table_that_lies_beside_them(tmp_path):
+    data = tree(tmp_path / "plain")
+    before = find_pictures(data).train.classes
+    write(data / "metadata.csv", "file,width,height\ntrain/ant/0.png,16,16\ntrain/bee/0.png,16,16\n")
+    assert find_pictures(data).train.classes == before
+    for split in ("train", "val"):
+        for key in CLASSES:
+            shutil.move(data / split / key, data / f"part_{split}_{key}")
+        (data / split).rmdir()
+    names = sorted(str(path.relative_to(data)) for path in data.glob("part_*/*.png"))
+    write(data / "metadata.csv", "file,age,sex\n" + "".join(f"{name},{30 + n},{'mf'[n % 2]}\n" for n, name in enumerate(names)))
+    said = refusal(data)  # folders that are no classes: a guess would train on them
+    assert "has 2 columns that may be the label, 'age', 'sex'; rename the right one to 'label', or move the table away if folders" in said
+
+
+REFUSED = {
+    "a label that is missing": (lines(FILE, KEY, end="ant-0,\n"), "has 1 rows without a label (column 'label'); every picture needs one"),
+    "two labels": (lines(FILE, KEY, end="ant-0,bee\n"), "gives 'images/ant-0.png' both 'bee' and 'ant'; keep one of the rows"),
+    "two splits": (lines(FILE, KEY, SPLIT, end="ant-0,ant,validation\n"), "gives 'images/ant-0.png' both 'val' and 'train'"),
+    "pictures that are gone": (lines(FILE, KEY, end="wasp-0,ant\n"), "names 1 of 17 pictures that are not there"),
+    "several labels at once": (lines(FILE, ONE_HOT[0], ("flies", lambda *_: "1")), "gives 8 pictures several labels at once"),
+    "two labels' columns": (lines(FILE, KEY, ("category", lambda name, *_: name[-1])), "has 2 columns that may be the label, 'label', 'category'"),
+    "a short row": (lines(FILE, KEY, end="ant-0\n"), "has 1 values in row 18, its first row has 2; mend that row"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_refused_with_one_sentence_is(tmp_path, how):
+    data = pictures(tmp_path / "contest" / "images")
+    text, why = REFUSED[how]
+    write(data / "labels.csv", lines(FILE, KEY))
+    find_pictures(data)  # the healthy control
+    write(data / "labels.csv", text)
+    assert why in refusal(data)
+
+
+def test_a_validation_set_is_drawn_from_parquet_by_the_bytes_of_its_pictures(tmp_path, home):
+    from test_any_folder import pictures_of, shards
+
+    data = shards(tmp_path / "shards", ["train-00000-of-00001.parquet"])
+    assert "has no validation pictures (train: 6 pictures in 1 shards, validation: none)" in refusal(data, load_data)
+    train, val = index_data(data, 0.4)
+    whole = find_pictures(data).train
+    assert sorted(pictures_of(train) + pictures_of(val)) == pictures_of(whole) and len(val)
+    for n, (key, bytes_) in enumerate(pictures_of(whole)):
+        write(tmp_path / "folders" / key / f"{n}.png", bytes_)
+    same = draw_val(tmp_path / "folders", find_pictures(tmp_path / "folders").train, 0.4)
+    assert [pictures_of(index) for index in same] == [pictures_of(train), pictures_of(val)]
+
+
+def test_pictures_whose_table_lies_one_level_up_are_refused_with_the_folder_to_pass(tmp_path):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "labels.csv", lines(FILE, KEY))
+    assert f"'labels.csv' lies one level up: pass {str(data)!r}" in refusal(data / "images")
+    (data / "labels.csv").unlink()
+    assert "one level up" not in refusal(data / "images")
