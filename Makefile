@@ -33,7 +33,7 @@ test: setup  # every notebook from top to bottom, types, style, then all tests
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/mypy
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile  # two at a time, a file of tests each
 
 # make test-fast nb=nbs/data/06_sampler.ipynb; without nb, all notebooks that differ from the last commit
 test-fast: setup  # the notebooks that were changed, then the quick tests

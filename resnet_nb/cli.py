@@ -321,6 +321,7 @@ def data(data_dir, page, val_share, group):
 )
 @click.option("--val-share", default=0.0, type=click.FloatRange(0, 0.5), help="Where SRC has no validation set: the share drawn for one.")
 @click.option("--group", default="", help="Pictures that stay together then: 'folder', or a regular expression.")
-def make_pack(src, dst, size, quality, bad_pictures, val_share, group):
+@click.option("--raw", is_flag=True, help="Keep pixels instead of JPEG: several times the room, and nothing to decode.")
+def make_pack(src, dst, size, quality, bad_pictures, val_share, group, raw):
     "Write the pictures of SRC into a few large files in DST, which can then be data_dir. The same command goes on where it stopped."
-    pack(src, dst, size, quality, bad_pictures, click.echo, val_share, group)
+    pack(src, dst, size, quality, bad_pictures, click.echo, val_share, group, raw)

@@ -23,7 +23,7 @@ from PIL import Image
 from .formats import damaged_parts, is_imagenet, is_picture
 from .index import Index, cache_dir, fingerprint, in_parallel
 from .splits import BAD, list_data, one_class_problem, spelling_problem, unread_problem
-from .transforms import BACKGROUND, ORIENTATION, Damaged, TooLarge, decode
+from .transforms import BACKGROUND, ORIENTATION, Damaged, TooLarge, decode, is_raw, read_orientation
 
 # %% ../../nbs/data/04_inspect.ipynb #oddities
 ODD = ("greyscale", "CMYK", "transparent", "16-bit", "animated", "misnamed", "oriented", "header damaged", "other mode")
@@ -50,9 +50,9 @@ def _oddities(data: bytes, name: str) -> dict[str, str]:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG with a preview of itself
             kinds["animated"] = f"{image.n_frames} frames"
         wanted = FORMATS.get(os.path.splitext(name)[1].lower(), image.format)  # pictures in a table may have names without endings
-        if {image.format, wanted} not in ({wanted}, {"MPO", "JPEG"}):
+        if {image.format, wanted} not in ({wanted}, {"MPO", "JPEG"}) and not is_raw(data):
             kinds["misnamed"] = f"a {image.format} file"
-        orientation = image.getexif().get(ORIENTATION, 1)
+        orientation = read_orientation(data) if is_raw(data) else image.getexif().get(ORIENTATION, 1)
         if orientation != 1:
             kinds["oriented"] = f"orientation {orientation}"
     if said:

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..config import HARDWARE, Hardware, Parameters, Recipe, RunConfig, checked, nearest, read_recipe
 from ..data.index import Index
+from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from .checkpoints import weights_source
@@ -169,7 +170,7 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
     prepare_data(config.recipe.dataset, config.data_dir)
     r = config.recipe
     train, val, _ = load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)
-    if problem := one_class_problem(train):
+    if problem := one_class_problem(train) or pack_problem(config.data_dir, max(r.image_sizes)):
         raise ValueError(problem)
     validate_weights(r, len(train.classes))
     steps_per_epoch(len(train), config.recipe.num_microbatches, config.recipe.microbatch_size)
