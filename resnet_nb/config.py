@@ -242,6 +242,7 @@ def hardware_lines() -> list[str]:
 
 # %% ../nbs/00_config.ipynb #Parameters
 Numerics = Literal["close", "exact"]
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Parameters(Strict):
@@ -256,9 +257,6 @@ class Parameters(Strict):
     overrides: dict[str, Any] = what("recipe or hardware fields that this run changes", {})
 
 # %% ../nbs/00_config.ipynb #RunConfig
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
 class RunConfig(Strict):
     "One run, resolved: everything a rank needs to know before it starts."
 

@@ -44,7 +44,7 @@ RUN = {
         "",
     ),
     "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/bench_step.ipynb runs/bench_step.ipynb": (" -p turns 1 -p size 32", ""),
-    "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/finetune.ipynb runs/finetune.ipynb -p seeds 3": (
+    "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/finetune.ipynb runs/finetune.ipynb -p seeds 2": (
         " -p seeds 1 -p few 40 -p epochs 6 -p epochs_before 6 -y 'image_sizes: [16]'",
         "",
     ),

@@ -337,7 +337,7 @@ def label_column(where: str, columns: dict[str, list[str]]) -> tuple[str, list[s
         f"{' and the others to something else' if usual else ''}, or move the table away if folders are the classes"
     )
 
-# %% ../../nbs/data/01_formats.ipynb #understand_table
+# %% ../../nbs/data/01_formats.ipynb #picture_names
 def _tokens(name: str) -> set[str]:
     return {role_of(word) for word in re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name).lower())} - {""}
 
@@ -351,7 +351,7 @@ def picture_names(names: list[bytes]) -> dict[str, list[bytes]]:
             found.setdefault(os.fsdecode(known), []).append(name)
     return found
 
-
+# %% ../../nbs/data/01_formats.ipynb #understand_table
 def understand_table(path: Path, known: dict[str, list[bytes]]) -> Table | None:
     "What a table says of the pictures of `known` names; None where no column names them. ValueError where it is not clear or not whole."
     header, rows = read_table(path)
@@ -409,7 +409,7 @@ def find_tables(folder: Path) -> list[Table]:
             )
     return tables
 
-
+# %% ../../nbs/data/01_formats.ipynb #find_table
 def _rows_of_table(folder: Path, labelled: dict[bytes, str], titles: dict[str, str], sizes: dict[bytes, int]) -> Index:
     names = list(labelled)
     return make_index(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'first_difference', 'utc_now', 'run_path', 'load_config', 'run_identity',
            'make_run_dir', 'create_run', 'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'append_rows',
-           'parse_rows', 'damaged_lines', 'all_rows', 'read_rows', 'write_summary', 'best_epoch', 'final_note',
+           'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note',
            'read_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
@@ -186,16 +186,6 @@ def parse_rows(text: str) -> list[dict]:
     return rows
 
 
-def damaged_lines(run_dir: Path) -> list[int]:
-    "Numbers of the lines of metrics.jsonl, from 1, that are neither rows nor rows that a crash has cut short."
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    begun = '{"event": "'
-    return [
-        n for n, line in enumerate(lines, 1) if line and not parse_rows(line) and not (line.startswith(begun) or begun.startswith(line))
-    ]
-
-
 def all_rows(run_dir: Path) -> list[dict]:
     "Every whole row of metrics.jsonl, in order of writing."
     path = run_dir / "metrics.jsonl"
@@ -211,6 +201,16 @@ def read_rows(run_dir: Path, event: str) -> list[dict]:
         if row["event"] == event:
             rows[row["step"], row.get("note")] = row
     return list(rows.values())
+
+# %% ../../nbs/run/00_folder.ipynb #damaged_lines
+def damaged_lines(run_dir: Path) -> list[int]:
+    "Numbers of the lines of metrics.jsonl, from 1, that are neither rows nor rows that a crash has cut short."
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    begun = '{"event": "'
+    return [
+        n for n, line in enumerate(lines, 1) if line and not parse_rows(line) and not (line.startswith(begun) or begun.startswith(line))
+    ]
 
 # %% ../../nbs/run/00_folder.ipynb #best_epoch
 def write_summary(run_dir: Path, more: dict) -> None:
@@ -246,15 +246,7 @@ def write_status(run_dir: Path, **changes) -> None:
     numbers = {"best": best_epoch(run_dir), "last": epochs[-1] if epochs else {}}
     write_json(run_dir / "run.json", read_status(run_dir) | numbers | changes)
 
-# %% ../../nbs/run/00_folder.ipynb #facts
-# that change sums or pixels, and belong to the numerics class where they are set
-NUMERIC_VARIABLES = (
-    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "NCCL_ALGO",
-    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
-)  # fmt: skip
-VARIABLES = (*NUMERIC_VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-
-
+# %% ../../nbs/run/00_folder.ipynb #code_facts
 def _package() -> Path:
     "The folder of this package."
     return Path(importlib.util.find_spec("resnet_nb").origin).parent
@@ -283,6 +275,14 @@ def code_facts(package: Path | None = None) -> dict:
     changes += [name + (package / os.fsdecode(name)).read_bytes() for name in new if name]
     digest = hashlib.sha256(b"\0".join(changes)).hexdigest() if any(changes) else None
     return {"git_commit": _git(package, "rev-parse", "HEAD").decode().strip(), "git_diff_sha256": digest}
+
+# %% ../../nbs/run/00_folder.ipynb #environment_facts
+# that change sums or pixels, and belong to the numerics class where they are set
+NUMERIC_VARIABLES = (
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "NCCL_ALGO",
+    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)  # fmt: skip
+VARIABLES = (*NUMERIC_VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def environment_facts() -> dict:

@@ -40,16 +40,9 @@ from ..learn.module import ResNetModule
 from ..learn.numerics import ExactDDPStrategy
 from .checkpoints import STATE, find_checkpoint, weights_source
 from resnet_nb.run.folder import (
-    NUMERIC_VARIABLES,
-    append_rows,
-    code_facts,
-    environment_facts,
-    first_difference,
-    hold_as_rank,
-    load_config,
-    utc_now,
-    write_summary,
-)
+    NUMERIC_VARIABLES, append_rows, code_facts, environment_facts, first_difference, hold_as_rank,
+    load_config, utc_now, write_summary,
+)  # fmt: skip
 from .recording import DataWaitProfiler, GraphCallback, MetricsCallback, TextLoggingCallback
 from .stopping import CheckpointCallback, ResolutionScheduleCallback, Stopped
 
