@@ -211,7 +211,7 @@ HARDWARE = {
 
 # %% ../nbs/00_config.ipynb #recipe_lines
 ABOUT = {  # what a recipe is for, and the accuracy that a whole run of it has reached
-    "digits": ("the embedded default", "99.4 % (one run, two CPU cores)"),
+    "digits": ("the embedded default", "99.4 % (one run)"),
     "imagenette": ("ten classes of ImageNet", "not measured"),
     "photos": ("pictures of your own, from nothing", "not measured"),
     "finetune": ("pictures of your own, from trained weights", "not measured"),
@@ -228,7 +228,7 @@ def recipe_lines() -> list[str]:
             f"{r.num_microbatches} × {r.microbatch_size} = {r.global_batch_size}",
         )
         lines.append(
-            f"{name:<11}{r.arch:<9} {r.epochs:>2} epochs  {sizes:<16} px  global batch {batch:<14} {ABOUT[name][1]:<32} {ABOUT[name][0]}"
+            f"{name:<11}{r.arch:<9} {r.epochs:>2} epochs  {sizes:<16} px  batch {batch:<14} {ABOUT[name][1]:<17}{ABOUT[name][0]}"
         )
     return lines
 
