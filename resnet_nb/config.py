@@ -227,9 +227,7 @@ def recipe_lines() -> list[str]:
             "→".join(map(str, dict.fromkeys(r.image_sizes))),
             f"{r.num_microbatches} × {r.microbatch_size} = {r.global_batch_size}",
         )
-        lines.append(
-            f"{name:<11}{r.arch:<9} {r.epochs:>2} epochs  {sizes:<16} px  batch {batch:<14} {ABOUT[name][1]:<17}{ABOUT[name][0]}"
-        )
+        lines.append(f"{name:<11}{r.arch:<9} {r.epochs:>2} epochs  {sizes:<16} px  batch {batch:<14} {ABOUT[name][1]:<17}{ABOUT[name][0]}")
     return lines
 
 
@@ -320,7 +318,7 @@ def parse_yaml(text: str, where: str) -> dict:
 def as_yaml(model: Strict, base: str = "") -> str:
     "A recipe or profile as the text of a YAML file, each field with its meaning."
     lines = [f"base: {base}"] if base else []
-    for name, value in model.model_dump(mode="json").items():
+    for name, value in model.model_dump(mode="json", exclude={"expected_acc"}).items():  # which is true of ours as they are
         field, said = type(model).model_fields[name], f"{name}: {json.dumps(value, ensure_ascii=False)}"
         lines.append(f"{said:<38}  # {field.description}")
     return "\n".join(lines) + "\n"
@@ -334,7 +332,7 @@ def read_recipe(
     if name in RECIPES:
         return name, RECIPES[name], ""
     path = Path(name).expanduser()
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml") and not path.is_file():
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)} (a recipe of your own is a file, NAME.yaml)")
     where = f"recipe file {str(path)!r}"
     try:
@@ -355,7 +353,10 @@ def read_recipe(
         raise ValueError(f"{where}: {other!r} says where a run takes place, not what it learns; put it into overrides: {{{other}: …}}")
     try:
         start, base_sha256 = read_recipe(
-            str(path.parent / Path(base).expanduser()) if base.endswith((".yaml", ".yml")) else base, (*seen, path.resolve())
+            str(path.parent / Path(base).expanduser())
+            if base not in RECIPES and (path.parent / Path(base).expanduser()).is_file()
+            else base,
+            (*seen, path.resolve()),
         )[1:]
         recipe = checked(Recipe, start.model_dump(exclude={"expected_acc"}) | values)
     except ValueError as error:
