@@ -140,7 +140,7 @@ def test_bad_input_is_one_sentence_before_anything_starts(given, home, empty_cla
     assert (set((home / "runs").glob("*")) if (home / "runs").exists() else set()) == before
 
 
-def test_a_failed_run_ends_the_command_with_its_traceback(data, tmp_path):
+def test_a_bad_picture_ends_the_command_with_one_sentence_and_the_traceback_is_in_the_log(data, tmp_path, home):
     import shutil
 
     broken = shutil.copytree(data, tmp_path / "broken")
@@ -151,7 +151,8 @@ def test_a_failed_run_ends_the_command_with_its_traceback(data, tmp_path):
     )
     done = resnet_nb("train", "-p", "name", "cli-broken", "-y", wish)
     assert done.returncode == 1
-    assert f"{str(picture)!r} can't be decoded as a picture" in done.stderr and "exit code 1" in done.stderr
+    assert f"{str(picture)!r} can't be decoded as a picture" in done.stderr and "Traceback" not in done.stderr
+    assert "Traceback" in (home / "runs" / "cli-broken" / "logs" / "attempt-1-rank-0.log").read_text()
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(data, home):
