@@ -110,8 +110,8 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides."
     import papermill
 
-    environment = launch.SAFE_PYTHON | environment
-    os.environ.update(environment)
+    before = os.environ.copy()
+    os.environ.update(launch.SAFE_PYTHON | environment)
     try:
         papermill.execute_notebook(
             str(source), str(target), parameters, progress_bar=False, stdout_file=sys.stdout, cwd=str(Path.cwd()),
@@ -119,8 +119,8 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
             extra_arguments=["--log-level=ERROR", "--IPKernelApp.ignore_cwd=True"],
         )  # fmt: skip
     finally:
-        for name in environment:
-            del os.environ[name]
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _shown(path: Path) -> str:

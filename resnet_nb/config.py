@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -39,7 +39,8 @@ class Strict(BaseModel):
     def _no_yes(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field and field.annotation in (int, float, int | None, float | None):
+            numbers = field and (field.annotation in (int, float, int | None, float | None) or get_origin(field.annotation) is tuple)
+            if numbers and any(isinstance(part, bool) for part in (value if isinstance(value, (list, tuple)) else [value])):
                 raise ValueError(f"{name}={value}: needs a number")  # pydantic would take 1 or 0; in older YAML, `no` and `off` are False
         return values
 

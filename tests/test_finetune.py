@@ -74,7 +74,15 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(donor, make_
     validate(make_config("fits", "local", weights="donor"))
 
 
-FROZEN = {"epochs": 3, "image_sizes": [16], "weights": "donor", "freeze_epochs": 1, "ema_decay": 0.9, "numerics": "exact"}
+FROZEN = {
+    "epochs": 3,
+    "image_sizes": [16],
+    "weights": "donor",
+    "freeze_epochs": 1,
+    "layer_lr_decay": 0.7,
+    "ema_decay": 0.9,
+    "numerics": "exact",
+}
 
 
 def tensors(run_dir, step=None):

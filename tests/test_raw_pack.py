@@ -25,10 +25,15 @@ def bare(data, tmp_path_factory):
     return folder
 
 
-def test_a_run_on_the_pixels_of_pictures_without_loss_learns_what_it_learns_from_the_files(one, bare, make_config):
+def test_a_run_on_the_pixels_of_pictures_without_loss_learns_what_it_learns_from_the_files(one, bare, make_config, data, tmp_path):
     run_dir = launch.train(make_config("on-pixels", "local", data_dir=bare))
     rows = [[(row["digest"], row["train/step_loss"]) for row in read_rows(run, "step")] for run in (one, run_dir)]
     assert rows[0] == rows[1]
+    smaller = launch.train(
+        make_config("on-fewer-pixels", "local", data_dir=pack(data, tmp_path / "smaller", 6, raw=True), epochs=1, image_sizes=[6])
+    )
+    first = read_rows(smaller, "step")[0]
+    assert first["train/step_loss"] != rows[0][0][1]
     assert read_rows(one, "val")[-1]["val/loss"] == read_rows(run_dir, "val")[-1]["val/loss"]
 
 

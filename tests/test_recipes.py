@@ -37,6 +37,8 @@ def test_a_run_of_a_recipe_file_keeps_the_recipe_in_full_and_its_sha256(mine, da
     assert config.recipe_sha256 == hashlib.sha256(mine.read_bytes()).hexdigest()
     rates = [row["train/learning_rate"] for row in read_rows(run_path("of-a-file"), "step")]
     assert rates == pytest.approx([lr_at(config.recipe, step, STEPS) for step in range(STEPS)])  # the head's
+    mine.write_text(mine.read_text() + "# a remark\n")  # the same fields under another sha256 are the same run
+    create_run(resolve(Parameters(recipe="my pets.yaml", name="of-a-file", data_dir=str(data))))
     mine.write_text(mine.read_text() + "flip: 0.25\n")
     result = CliRunner().invoke(cli.main, ["train", *words, "-y", hardware])
     assert result.exit_code == 2 and "was trained with flip=0.0, asked for is 0.25" in " ".join(result.output.split())
@@ -49,12 +51,6 @@ def test_a_run_is_named_after_the_file_and_names_of_recipes_go_first(mine):
         resolve(Parameters(recipe="none.yaml"))
     with pytest.raises(ValueError, match=r"set one of them"):
         resolve(Parameters(recipe="digits", overrides={"layer_lr_decay": 0.5, "backbone_lr_share": 0.5}))
-
-
-def test_the_same_fields_under_another_file_are_the_same_run(mine, data):
-    create_run(resolve(Parameters(recipe=str(mine), name="twice", data_dir=str(data))))
-    mine.write_text(mine.read_text() + "# a remark\n")
-    create_run(resolve(Parameters(recipe=str(mine), name="twice", data_dir=str(data))))
 
 
 def test_stages_that_learn_at_other_rates_have_the_same_bits_on_two_processes(make_config):

@@ -117,10 +117,8 @@ def test_callbacks_never_reach_for_another_callback():
 
 LONG = {  # exported cells of more than 45 lines, and why they stay whole
     "config Recipe": "the fields of a recipe",
-    "data.index Index": "how one picture is found, read and named",
     "data.datamodule ImageNetDataModule": "Lightning's hooks for data",
     "learn.numerics GradientSum": "the gradients, their sum and its way back",
-    "learn.module ResNetModule": "Lightning's hooks for a step",
     "run.recording TextLoggingCallback": "the hooks of one callback",
 }
 

@@ -4,17 +4,20 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from io import BytesIO
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from click.testing import CliRunner
 from conftest import STEPS
 
 from resnet_nb import cli
 from resnet_nb.config import RECIPES
+from resnet_nb.data.splits import index_data
 from resnet_nb.files import read_json
-from resnet_nb.results.plots import plot_plan
-from resnet_nb.run.folder import create_run, damaged_lines, is_locked, read_rows, read_status, run_path
+from resnet_nb.results.plots import plot_pictures, plot_plan
+from resnet_nb.run.folder import create_run, damaged_lines, is_locked, lock_run, read_rows, read_status, run_path
 from resnet_nb.schedule import size_plan
 
 STRAY = {
@@ -114,6 +117,8 @@ def test_looking_at_a_run_of_another_user_writes_nothing(one):
     for folder in [one, *one.parents]:
         folder.chmod(folder.stat().st_mode | 0o055)
     assert look() == (False, "completed")
+    with lock_run(one):
+        assert look() == (True, "completed")  # the control
 
 
 def test_a_plan_of_a_million_epochs_is_drawn_in_little_memory():
@@ -125,3 +130,15 @@ def test_a_plan_of_a_million_epochs_is_drawn_in_little_memory():
     assert peak < 100e6
     assert [size for _, size in size_plan(recipe)] == [16, 24, 32]
     assert len(figure.axes[0].lines[0].get_xdata()) <= 3000
+
+
+def test_names_of_classes_are_drawn_as_they_are_written(data, make_config, tmp_path):
+    subprocess.run(["cp", "-r", data, tmp_path / "odd"], check=True)
+    for split in ("train", "val"):
+        (tmp_path / "odd" / split / "0").rename(tmp_path / "odd" / split / "$x^{$")
+    plot_pictures(make_config("odd-names", "local", data_dir=tmp_path / "odd"), index_data(tmp_path / "odd")[0]).savefig(BytesIO())
+    figure = plt.figure()
+    figure.text(0, 0, "$x^{$")
+    with pytest.raises(ValueError, match="ParseException|ParseFatalException|Expected"):
+        figure.savefig(BytesIO())  # the control: as mathematics it can't be drawn
+    plt.close(figure)

@@ -67,6 +67,10 @@ def test_one_table_for_both_splits(usual, tmp_path, how):
     found = find_pictures(data)
     assert [labelled(index) for index in (found.train, found.val)] == usual
     assert found.train.said.startswith("train: 12 pictures, validation: 4 pictures, labels: labels.csv (file: ")
+    write(
+        data / "labels.csv", lines(FILE, ("label", lambda name, key, _: CLASSES[key == CLASSES[0]] if name.endswith("-0") else key), SPLIT)
+    )
+    assert labelled(find_pictures(data).train) != usual[0]  # the control: two labels are exchanged
 
 
 def test_a_table_for_each_split_tabs_and_the_pictures_that_are_to_be_guessed(usual, tmp_path):
@@ -123,6 +127,28 @@ def test_class_folders_go_before_a_table_that_lies_beside_them(tmp_path):
     write(data / "metadata.csv", "file,age,sex\n" + "".join(f"{name},{30 + n},{'mf'[n % 2]}\n" for n, name in enumerate(names)))
     said = refusal(data)  # folders that are no classes: a guess would train on them
     assert "has 2 columns that may be the label, 'age', 'sex'; rename the right one to 'label', or move the table away if folders" in said
+
+
+def test_a_table_inside_a_class_folder_does_not_make_it_the_data(tmp_path):
+    data = tree(tmp_path / "plain", train="", val="")
+    for n, key in enumerate(CLASSES):
+        write(data / key / "0.png", png(n)), write(data / key / "1.png", png(10 + n))
+    before = find_pictures(data).train.classes
+    write(data / "ant" / "labels.csv", "file,label\n0,red\n1,black\n")
+    assert find_pictures(data).train.classes == before == CLASSES
+    assert find_pictures(data / "ant").train.classes == ("black", "red")  # the control: by itself it is data
+    (tmp_path / "download").mkdir()
+    shutil.move(data / "ant", tmp_path / "download" / "contest")
+    assert find_pictures(tmp_path / "download").train.classes == ("black", "red")  # and in a folder that only wraps it
+
+
+def test_a_table_for_validation_alone_is_refused_and_beside_one_without_a_role_it_is_not(usual, tmp_path):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "val.csv", lines(FILE, KEY, rows=[row for row in ROWS if row[2] == "val"]))
+    assert "have no rows to train on: val.csv (file: 'image_id', label: 'label'); a table called train.csv is needed" in refusal(data)
+    write(data / "labels.csv", lines(FILE, KEY, rows=[row for row in ROWS if row[2] == "train"]))
+    found = find_pictures(data)
+    assert [labelled(index) for index in (found.train, found.val)] == usual
 
 
 REFUSED = {

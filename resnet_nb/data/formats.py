@@ -391,23 +391,28 @@ def understand_table(path: Path, known: dict[str, list[bytes]]) -> Table | None:
     return Table(path, role, pictures, labels, [role_of(value) for value in columns[split]] if split else [], said)
 
 # %% ../../nbs/data/01_formats.ipynb #find_tables
-def find_tables(folder: Path) -> list[Table]:
-    "The tables in `folder` that give its pictures labels, without samples of what to hand in."
-    paths = [
-        path for path in sorted(folder.iterdir()) if path.suffix.lower() in (".csv", ".tsv") and not path.name.startswith((".", "sample"))
-    ]
+def _table_files(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.lower().endswith((".csv", ".tsv")) and not entry.name.startswith(".")]
+    return [folder / name for name in sorted(names)]
+
+
+def find_tables(folder: Path) -> tuple[list[Table], tuple]:
+    "The tables in `folder` that give its pictures labels, without samples of what to hand in; and what `_list_class` found there."
+    paths = [path for path in _table_files(folder) if not path.name.lower().startswith("sample")]
     if not paths:
-        return []
-    known = picture_names(_list_class(str(folder))[0])
+        return [], ()
+    listed = _list_class(str(folder))
+    known = picture_names(listed[0])
     tables = [table for path in paths if (table := understand_table(path, known)) and table.labels and table.role != "test"]
-    if any(table.role for table in tables):
+    if any(table.role == "train" for table in tables):
         tables = [table for table in tables if table.role]
     for role in ("train", "val", ""):
         if len(same := [table.path.name for table in tables if table.role == role]) > 1:
             raise ValueError(
                 f"{str(folder)!r} has {len(same)} tables of labels{f' for {role}' if role else ''}, {' and '.join(map(repr, same))}; keep one"
             )
-    return tables
+    return tables, listed
 
 # %% ../../nbs/data/01_formats.ipynb #find_table
 def _rows_of_table(folder: Path, labelled: dict[bytes, str], titles: dict[str, str], sizes: dict[bytes, int]) -> Index:
@@ -417,9 +422,9 @@ def _rows_of_table(folder: Path, labelled: dict[bytes, str], titles: dict[str, s
     )
 
 
-def find_table(data_dir: Path, tables: list[Table]) -> Found:
+def find_table(data_dir: Path, tables: list[Table], listed: tuple) -> Found:
     "Pictures in any folders below `data_dir`, with the labels of its tables; ValueError where a picture has two labels, or is in two splits."
-    names, sizes, folders, unread = _list_class(str(data_dir))
+    names, sizes, folders, unread = listed
     labelled = {"train": {}, "val": {}, "test": {}}
     for table in tables:
         for name, label, split in zip(table.pictures, table.labels, table.splits or [table.role or "train"] * len(table.pictures)):
@@ -428,6 +433,10 @@ def find_table(data_dir: Path, tables: list[Table]) -> Found:
                 a, b = (label, before[1]) if before[1] != label else (split, before[0])
                 raise ValueError(f"table {str(table.path)!r} gives {os.fsdecode(name)!r} both {a!r} and {b!r}; keep one of the rows")
             labelled[split][name] = label
+    if not labelled["train"]:
+        raise ValueError(
+            f"the tables of {str(data_dir)!r} have no rows to train on: {' and '.join(table.said for table in tables)}; a table called train.csv is needed"
+        )
     classes = sorted({*labelled["train"].values(), *labelled["val"].values()})
     known = known_titles(data_dir, classes)
     titles = lambda split: {key: known.get(key, key) for key in set(labelled[split].values())}
@@ -440,7 +449,7 @@ def find_table(data_dir: Path, tables: list[Table]) -> Found:
     said += [f"labels: {' and '.join(table.said for table in tables)}"]
     train.said = ", ".join(said) + (f"; passed over: {without:,} pictures without a row" if without else "")
     train.unread = count_unread(unread)
-    return Found(train, val, [*folders, *(str(path) for path in sorted(data_dir.iterdir()) if path.suffix.lower() in (".csv", ".tsv"))])
+    return Found(train, val, [*folders, *map(str, _table_files(data_dir))])
 
 # %% ../../nbs/data/01_formats.ipynb #find_kaggle
 def find_kaggle(data_dir: Path) -> Found:
@@ -732,8 +741,8 @@ def refuse_saved(folder: Path) -> Found:
     )
 
 
-def form_of(folder: Path) -> Callable[[Path], Found] | None:
-    "What finds the pictures in `folder`, given `data_dir`; None where it has no sign of a form."
+def form_of(folder: Path, tables_too: bool = True) -> Callable[[Path], Found] | None:
+    "What finds the pictures in `folder`, given `data_dir`; None where it has no sign of a form. Tables of labels are one where asked for."
     if (folder / "pack.json").exists():
         return lambda _: find_pack(folder)
     tars = [(folder / name).exists() for name in (TRAIN_TAR, VAL_TAR, DEVKIT)]
@@ -746,8 +755,9 @@ def form_of(folder: Path) -> Callable[[Path], Found] | None:
         return lambda _: refuse_saved(saved.parent)
     has_train = "train" in (splits := find_splits(folder))
     sorted_ = has_train and not has_pictures(root := class_root(splits["train"])) and folders_in(root)  # into class folders
-    if not sorted_ and (tables := find_tables(folder)):
-        return lambda _: find_table(folder, tables)
+    tables, listed = find_tables(folder) if tables_too and not sorted_ else ([], ())
+    if tables:
+        return lambda _: find_table(folder, tables, listed)
     others = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
     if find_shards(folder) or (others and not has_train):
         return lambda _: find_parquet(folder)
@@ -763,14 +773,15 @@ def find_pictures(data_dir: Path) -> Found:
     if form := form_of(data_dir):
         return form(data_dir)
     names = folders_in(data_dir)
-    inner = [name for name in names if form_of(data_dir / name)]
+    # a table inside one of several folders says nothing of the others: they may be classes
+    inner = {name: form for name in names if (form := form_of(data_dir / name, tables_too=len(names) == 1))}
     if len(inner) > 1:
-        raise ValueError(f"{str(data_dir)!r} holds {len(inner)} data sets, {', '.join(map(repr, inner[:5]))}; pass the folder of one")
+        raise ValueError(f"{str(data_dir)!r} holds {len(inner)} data sets, {', '.join(map(repr, [*inner][:5]))}; pass the folder of one")
     if not inner and len(names) == 1 and sum(has_pictures(data_dir / names[0] / name) for name in folders_in(data_dir / names[0])) > 1:
-        inner = names  # class folders alone, in one folder
+        inner = {names[0]: lambda top: find_folders(data_dir / names[0], top)}  # class folders alone, in one folder
     if not inner:
         return find_folders(data_dir)
-    form = form_of(data_dir / inner[0])
-    found = form(data_dir) if form else find_folders(data_dir / inner[0], data_dir)
-    found.train.said = found.train.said or f"found in …/{inner[0]}"
+    ((name, form),) = inner.items()
+    found = form(data_dir)
+    found.train.said = found.train.said or f"found in …/{name}"
     return found._replace(watched=[*found.watched, str(data_dir)])

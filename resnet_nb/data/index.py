@@ -58,8 +58,8 @@ class BadPicture(ValueError):
         "The message, also of an error that comes from a data worker, which puts a traceback before it."
         return str(self).strip().rpartition(f"{type(self).__name__}: ")[2]
 
-# %% ../../nbs/data/00_index.ipynb #Index
-class Index(_Mapped):
+# %% ../../nbs/data/00_index.ipynb #Named
+class _Named(_Mapped):
     "The pictures of one split, in order: names, labels, sizes in bytes, and where the bytes are."
 
     def __init__(
@@ -97,6 +97,10 @@ class Index(_Mapped):
         if self.layout in ("folders", "flat"):
             return os.path.join(self.root, name)
         return f"{os.path.join(self.root, self.containers[self.arrays['files'][index]])}: {name}"
+
+# %% ../../nbs/data/00_index.ipynb #Index
+class Index(_Named):
+    "The pictures of one split, in order, and their bytes."
 
     def read(self, index: int) -> bytes:
         "The bytes of the picture; raises BadPicture where they are not what was indexed."

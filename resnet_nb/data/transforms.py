@@ -185,7 +185,11 @@ def is_raw(data: bytes) -> bool:
     return _raw_header(data) is not None
 
 
-def _read_raw(data: bytes, width: int, height: int, start: int) -> np.ndarray:
+def _read_raw(data: bytes) -> np.ndarray | None:
+    "The pixels of a file of `write_raw`; None of any other, Damaged where some are missing."
+    if not (header := _raw_header(data)):
+        return None
+    _, width, height, start = header
     _check_pixels(width, height)
     if len(data) != start + 3 * width * height:
         raise Damaged(f"it has {len(data) - start:,} bytes of pixels, {width} x {height} need {3 * width * height:,}")
@@ -227,10 +231,9 @@ def decode(
 ) -> np.ndarray:  # (height, width, 3) uint8
     "The picture in RGB; raises BadPicture where it can't be decoded, is damaged, or has more than MAX_PIXELS."
     with _told():
-        if raw := _raw_header(data):
-            pixels = _read_raw(data, *raw[1:])
-            return turn_upright(pixels, raw[0]) if upright else pixels
-        pixels = _decode_jpeg(data, fastupsample=fast, fastdct=fast, halve=halve) if _is_jpeg(data) else None
+        pixels = _read_raw(data)
+        if pixels is None and _is_jpeg(data):
+            pixels = _decode_jpeg(data, fastupsample=fast, fastdct=fast, halve=halve)
         if pixels is None:
             with _opened(data) as image:
                 _check_pixels(*image.size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'EpochSums', 'epoch_numbers', 'StepSums', 'make_optimizer', 'mixing', 'balanced', 'ImageClassifier',
-           'EvaluatedClassifier', 'seed_draws', 'count_batches', 'ResNetModule']
+           'EvaluatedClassifier', 'seed_draws', 'count_batches', 'LearningClassifier', 'ResNetModule']
 
 # %% ../../nbs/learn/02_module.ipynb #imports
 import lightning as L
@@ -221,9 +221,9 @@ def count_batches(checkpoint: dict, steps_per_epoch: int, microbatches_per_rank:
         current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
         current.update(ready=batches, started=batches, processed=batches, completed=batches - 1)
 
-# %% ../../nbs/learn/02_module.ipynb #ResNetModule
-class ResNetModule(EvaluatedClassifier):
-    "An EvaluatedClassifier, and how a run trains it."
+# %% ../../nbs/learn/02_module.ipynb #LearningClassifier
+class LearningClassifier(EvaluatedClassifier):
+    "An EvaluatedClassifier, and what it learns by: optimizer, loss, the sum of its gradients, and what stays as it is."
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes)
@@ -231,7 +231,6 @@ class ResNetModule(EvaluatedClassifier):
         self.register_buffer("class_weights", weights, persistent=False)
         self.steps_per_epoch, self.frozen = steps_per_epoch, False
         self.gradient_sum: GradientSum | None = None
-        self.mix, self.step_sums = mixing(config.recipe, num_classes), StepSums(self.network, config.recipe.num_microbatches)
 
     def configure_optimizers(self) -> dict:
         return make_optimizer(self.network, self.config.recipe, self.steps_per_epoch)
@@ -263,6 +262,14 @@ class ResNetModule(EvaluatedClassifier):
         if self.class_weights is None:
             return F.cross_entropy(logits, wanted, label_smoothing=smoothing)
         return F.cross_entropy(logits, wanted, self.class_weights, label_smoothing=smoothing, reduction="sum") / len(logits)
+
+# %% ../../nbs/learn/02_module.ipynb #ResNetModule
+class ResNetModule(LearningClassifier):
+    "A LearningClassifier, and how a run trains it: microbatch by microbatch, and from one checkpoint to the next."
+
+    def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
+        super().__init__(config, num_classes, steps_per_epoch, class_counts)
+        self.mix, self.step_sums = mixing(config.recipe, num_classes), StepSums(self.network, config.recipe.num_microbatches)
 
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
         images, targets, digests = batch

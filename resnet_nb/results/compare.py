@@ -52,10 +52,24 @@ def _classes(run_dir: Path) -> list[Finding]:
     return found
 
 # %% ../../nbs/results/02_compare.ipynb #verify_run
+def _steps(run_dir: Path, values: dict) -> Finding:
+    "Whether the steps follow each other, and are as many as a completed run has; the latter where what the files say is known."
+    steps = [row["step"] for row in read_rows(run_dir, "step")]
+    at = next((i for i, step in enumerate(steps) if step != i + 1), None)
+    if at is not None:
+        return Finding("files", DAMAGED, f"after step {at} comes step {steps[at]}")
+    if not values:
+        return Finding("files", SAME, f"{len(steps)} steps, without gaps or repeats")
+    r = load_config(run_dir).recipe
+    total = r.epochs * steps_per_epoch(values["manifest.json"]["data"]["train_pictures"], r.num_microbatches, r.microbatch_size)
+    if values["run.json"]["status"] == "completed" and len(steps) != total:
+        return Finding("files", DAMAGED, f"it is completed, with {len(steps)} of {total} steps")
+    return Finding("files", SAME, f"{len(steps)} of {total} steps, without gaps or repeats")
+
+
 def verify_run(run_dir: Path) -> list[Finding]:
     "Findings about one run folder by itself; all SAME where it is whole."
-    found = []
-    values = {}
+    found, values = [], {}
     for name, needed in (("config.json", "recipe"), ("manifest.json", "data"), ("run.json", "status")):
         try:
             values[name] = read_json(run_dir / name)
@@ -65,17 +79,8 @@ def verify_run(run_dir: Path) -> list[Finding]:
         found.append(
             Finding("files", SAME if whole else DAMAGED, f"{name} is {'whole' if whole else f'missing, damaged or without {needed!r}'}")
         )
-    steps = [row["step"] for row in read_rows(run_dir, "step")]
-    wanted = list(range(1, len(steps) + 1))
-    wrong = next((i for i, (got, want) in enumerate(zip(steps, wanted)) if got != want), None)
-    text = f"{len(steps)} steps, without gaps or repeats" if wrong is None else f"after step {wrong} comes step {steps[wrong]}"
-    if not any(finding.verdict for finding in found) and wrong is None:
-        r, pictures = load_config(run_dir).recipe, values["manifest.json"]["data"]["train_pictures"]
-        total = r.epochs * steps_per_epoch(pictures, r.num_microbatches, r.microbatch_size)
-        text = f"{len(steps)} of {total} steps, without gaps or repeats"
-        if values["run.json"]["status"] == "completed" and len(steps) != total:
-            wrong, text = len(steps), f"it is completed, with {len(steps)} of {total} steps"
-    found.append(Finding("files", SAME if wrong is None else DAMAGED, text))
+    whole = not any(finding.verdict for finding in found)
+    found.append(_steps(run_dir, values if whole else {}))
     if lines := damaged_lines(run_dir):
         found.append(Finding("files", DAMAGED, f"metrics.jsonl holds what is no row, in line {', '.join(map(str, lines[:5]))}"))
     found += _classes(run_dir)

@@ -262,19 +262,20 @@ def code_facts(package: Path | None = None) -> dict:
 
     Without a checkout that tracks the package the commit is null, and `no_git` says why: a virtual environment may lie inside another repository."""
     package = package or _package()
+    nothing = {"git_commit": None, "git_diff_sha256": None}
     try:
-        tracked = _git(package, "ls-files", "__init__.py")
+        if not _git(package, "ls-files", "__init__.py"):
+            return nothing | {"no_git": "no checkout tracks the package"}
+        commit, changes = _git(package, "rev-parse", "HEAD").decode().strip(), [_git(package, "diff", "HEAD", "--", ".")]
+        new = _git(package, "ls-files", "--others", "--exclude-standard", "-z", "--", ".").split(b"\0")
     except FileNotFoundError:
-        return {"git_commit": None, "git_diff_sha256": None, "no_git": "git is not installed"}
-    except (OSError, subprocess.SubprocessError):
-        tracked = b""
-    if not tracked:
-        return {"git_commit": None, "git_diff_sha256": None, "no_git": "the package lies in no checkout of its own"}
-    changes = [_git(package, "diff", "HEAD", "--", ".")]
-    new = _git(package, "ls-files", "--others", "--exclude-standard", "-z", "--", ".").split(b"\0")
+        return nothing | {"no_git": "git is not installed"}
+    except subprocess.CalledProcessError as error:  # no repository, none of this user's, or one without a commit
+        return nothing | {"no_git": error.stderr.decode(errors="replace").strip().partition("\n")[0]}
+    except (OSError, subprocess.SubprocessError) as error:
+        return nothing | {"no_git": str(error)}
     changes += [name + (package / os.fsdecode(name)).read_bytes() for name in new if name]
-    digest = hashlib.sha256(b"\0".join(changes)).hexdigest() if any(changes) else None
-    return {"git_commit": _git(package, "rev-parse", "HEAD").decode().strip(), "git_diff_sha256": digest}
+    return {"git_commit": commit, "git_diff_sha256": hashlib.sha256(b"\0".join(changes)).hexdigest() if any(changes) else None}
 
 # %% ../../nbs/run/00_folder.ipynb #environment_facts
 # that change sums or pixels, and belong to the numerics class where they are set
