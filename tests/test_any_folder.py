@@ -75,6 +75,9 @@ ACCEPTED = {  # how it lies: folder, training, validation, what is said
     "dev": ("", "TRAIN", "dev", "train: …/TRAIN (6 pictures), validation: …/dev (2 pictures)"),
     "a wrapping folder": ("pets-v2", "train", "val", "train: …/pets-v2/train (6 pictures), validation: …/pets-v2/val (2 pictures)"),
     "unpacked into its own name": ("", "train/train", "val/val", "train: …/train/train (6 pictures), validation: …/val/val (2 pictures)"),
+    "sets": ("", "training_set", "val-images", "train: …/training_set (6 pictures), validation: …/val-images (2 pictures)"),
+    "years": ("", "train2017", "ValSet", "train: …/train2017 (6 pictures), validation: …/ValSet (2 pictures)"),
+    "two wrapping folders": ("pets/v2", "train", "val", "train: …/pets/v2/train (6 pictures), validation: …/pets/v2/val (2 pictures)"),
     "images below": ("", "train/images", "val/images", "train: …/train/images (6 pictures), validation: …/val/images (2 pictures)"),
 }  # fmt: skip
 
@@ -127,6 +130,26 @@ def test_what_is_no_data_set_is_refused_with_what_lies_there(plain, tmp_path):
     write(tmp_path / "flat" / "train" / "0.png", png()), write(tmp_path / "flat" / "val" / "0.png", png())
     assert "train' has no class folders, it holds '0.png'; pictures are needed as train/CLASS/FILE" in refusal(tmp_path / "flat")
     assert len(find_pictures(plain).train) == 6
+
+
+def test_a_split_among_the_classes_is_refused_and_a_class_of_such_a_name_is_not(plain, tmp_path):
+    data = tree(tmp_path / "inside", val="train/val")
+    assert "train/val' lies among the classes and is a split by its name, with folders of its own; move it out of 'train'" in refusal(data)
+    data = tree(tmp_path / "vehicles", classes=("car", "train"))
+    assert find_pictures(data).train.classes == ("car", "train")
+    data = tree(tmp_path / "tubes", train="", val="", classes=("test tube", "training shoe"))
+    tree(data, train=".", val="", classes=("test tube", "training shoe"))
+    assert find_pictures(data).train.classes == ("test tube", "training shoe")
+
+
+def test_folders_below_a_class_are_said_and_neighbours_of_the_data_do_not_matter(plain, tmp_path):
+    data = tree(tmp_path / "deep", train="train/insect", val="val/insect")
+    tree(data, train="train/bird", val="val/bird")
+    assert find_pictures(data).train.said.endswith(", pictures in folders below a class count for it, those of 'bird/bee' for instance")
+    assert "below" not in find_pictures(plain).train.said
+    for neighbour in ("train", "training", "val", "valid"):
+        write(tmp_path / neighbour / "a" / "0.png", png())
+    assert prints(plain) == prints(tree(tmp_path / "the same"))
 
 
 def test_a_class_alone_is_refused_with_what_was_found_below_it(plain, tmp_path, make_config):
