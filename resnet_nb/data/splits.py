@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDERS', 'SOME', 'BAD', 'find_data_dir', 'make_digits', 'prepare_data', 'spelling_problem', 'list_data',
            'whole_data', 'content_keys', 'group_keys', 'draw_val', 'has_val', 'drawn_line', 'index_data',
-           'read_inspection', 'inspected_indexes', 'unread_problem', 'one_class_problem', 'load_data']
+           'read_inspection', 'inspected_indexes', 'unread_problem', 'one_class_problem', 'load_data', 'test_data']
 
 # %% ../../nbs/data/02_splits.ipynb #imports
 import hashlib
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import project_root
-from .formats import Found, find_pictures
+from .formats import Found, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
 from .index import Index, cache_dir, fingerprint, in_parallel, keep_index, kept_index
 from ..files import read_json
 from ..seed import DIGITS, permutation, seed_key
@@ -308,3 +308,13 @@ def load_data(
     record["content_sha256"] = {split: facts["content_sha256"] for split, facts in report["splits"].items()}
     train, val = (index.without([i for i, *_ in bad[split]]) if bad[split] else index for split, index in (("train", train), ("val", val)))
     return finish(train, val, record)
+
+# %% ../../nbs/data/02_splits.ipynb #test_data
+def test_data(data_dir: str | Path) -> Index:
+    "Index of the class folders for testing in `data_dir`; ValueError where there are none."
+    inside = Path(data_dir).absolute()
+    while not (splits := find_splits(inside)) and len(names := folders_in(inside)) == 1:
+        inside = inside / names[0]
+    if "test" not in splits:
+        raise ValueError(f"{str(data_dir)!r} has no folder for testing, as test/CLASS/FILE; it holds {what_lies(inside)}")
+    return index_folder(class_root(splits["test"]), inside)[0]

@@ -381,7 +381,12 @@ def _draw(data: bytes, key: int, recipe: Recipe) -> tuple[Crop, int]:  # with th
     return draw_crop(key, width, height, recipe.crop_scale, recipe.crop_ratio, recipe.flip), width
 
 
-def load_eval(index: Index, i: int, size: int, recipe: Recipe) -> np.ndarray:
-    "Validation picture `i`, (size, size, 3) uint8; BadPicture says which one is bad."
+def load_eval(
+    index: Index,
+    i: int,
+    size: int,
+    recipe,  # or what else has its val_resize and exif_orientation
+) -> np.ndarray:  # (size, size, 3) uint8
+    "Validation picture `i`; BadPicture says which one is bad."
     pixels = _decoded(index.read(i), index, i, upright=recipe.exif_orientation)
     return eval_picture(pixels, size, recipe.val_resize)
