@@ -21,7 +21,7 @@ class build_with_pages(build_py):
         if not self.editable_mode:
             pages = Path(self.build_lib) / package / "nbs"
             pages.mkdir(parents=True, exist_ok=True)
-            for name in ("train.ipynb", "check.ipynb"):
+            for name in ("train.ipynb", "evaluate.ipynb", "check.ipynb"):
                 shutil.copy(Path(settings["nbs_path"]) / name, pages)
 
 
@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=[package, f"{package}.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("imagenet", "dev")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("export", "dev")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{package}={package}._modidx:d"],

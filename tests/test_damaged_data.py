@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import re
 import struct
-import sys
 import tarfile
 import zlib
 
@@ -15,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from resnet_nb.data.formats import DEVKIT, TRAIN_TAR, VAL_TAR, damaged_parts, find_pictures, read_devkit
+from resnet_nb.data.formats import DEVKIT, TRAIN_TAR, VAL_TAR, damaged_parts, find_pictures
 from resnet_nb.data.index import fingerprint
 from resnet_nb.data.inspect import inspect_data, inspect_split
 from resnet_nb.data.pack import pack
@@ -205,15 +203,6 @@ def test_refused_with_one_sentence_is(make, claim):
     with pytest.raises(ValueError) as refused:
         find_pictures(data)
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
-
-
-def test_reading_the_development_kit_without_scipy_says_what_to_install(make, monkeypatch):
-    path = make("tars") / DEVKIT
-    assert sorted(read_devkit(path)[1]) == sorted(WORDS)
-    for name in ("scipy", "scipy.io"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=re.escape("pip install 'resnet-nb[imagenet]'")):
-        read_devkit(path)
 
 
 def test_a_picture_that_changed_after_it_was_indexed_is_refused_when_it_is_read(make):

@@ -525,10 +525,8 @@ def _list_tar(path: str, start: int = 0, size: int | None = None) -> tuple[list[
 # %% ../../nbs/data/01_formats.ipynb #read_devkit
 def read_devkit(path: Path) -> tuple[list[str], dict[str, str]]:
     "WNIDs of the validation pictures in the order of their numbers, and the title of each WNID; ValueError for another file."
-    try:
-        from scipy.io import loadmat  # only here: no other form of data needs it
-    except ImportError:
-        raise ValueError("reading ImageNet's development kit needs scipy: pip install 'resnet-nb[imagenet]'") from None
+    from scipy.io import loadmat  # only here: no other form of data needs it
+
     try:
         with tarfile.open(path) as kit:
             members = {os.path.basename(member.name): member for member in kit if member.isreg()}
