@@ -38,7 +38,7 @@ RUN = {
         "done: ",
     ),
     "papermill nbs/train.ipynb runs/out.ipynb -p hw cpu2": (TRAINS, ""),
-    "papermill nbs/proofs/exactness.ipynb runs/exactness.ipynb -p epochs 2": ("", ""),
+    "papermill nbs/proofs/exactness.ipynb runs/exactness.ipynb -p epochs 2": (" -p epochs 1 -y 'image_sizes: [8]'", ""),
     "papermill nbs/proofs/bench_data.ipynb runs/bench_data.ipynb -p photos /folder/of/full-size/photos": (
         " -p photos '' -p rounds 1 -p copies 5 -p files_per_class 1",
         "",
@@ -53,6 +53,9 @@ RUN = {
     "resnet-nb plot NAME": ("", "curves.png"),
     "resnet-nb verify A B": ("", "same"),
     "resnet-nb reproduce A": (" --name {new}", "same"),
+    "resnet-nb evaluate NAME": (" --no-page", "weakest class"),
+    "resnet-nb predict NAME PICTURES": (" --top 2", "%"),
+    "resnet-nb export NAME": (" --format safetensors --out '{new}'", "23 of 23 answers the same"),
     "resnet-nb check data DIR": (" --no-page", "healthy"),
     "resnet-nb pack DIR PACKED": ("", "96 training and 23 validation pictures"),
     "make train": (
@@ -101,7 +104,7 @@ def places(home, data, one, two, tmp_path_factory):
     person = tmp_path_factory.mktemp("person")
     for name in ("imagenette", "pets"):
         (person / name).symlink_to(data)
-    names = {"NAME": one.name, "A": two.name, "B": two.name, "DIR": f"'{data}'"}
+    names = {"NAME": one.name, "A": two.name, "B": two.name, "DIR": f"'{data}'", "PICTURES": f"'{data}/val'"}
     return person, names, {"root": ROOT, "elsewhere": tmp_path_factory.mktemp("some where")}
 
 
@@ -109,7 +112,7 @@ def places(home, data, one, two, tmp_path_factory):
 def test_printed_commands_work(command, place, places, data, tmp_path):
     person, names, folders = places
     more, says = RUN[command]
-    words = re.sub(r"\b(NAME|A|B|DIR)\b", lambda name: names[name[0]], command).replace("PACKED", f"'{tmp_path / 'packed'}'")
+    words = re.sub(r"\b(NAME|A|B|DIR|PICTURES)\b", lambda name: names[name[0]], command).replace("PACKED", f"'{tmp_path / 'packed'}'")
     words = words.replace("/folder/of/imagenette", "").replace("runs/", f"{tmp_path}/")
     (tmp_path / "pets.yaml").write_text(as_yaml(RECIPES["photos"], base="photos"))
     if place == "elsewhere":

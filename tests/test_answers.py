@@ -1,0 +1,110 @@
+"""What a finished run is used for: evaluated, asked, exported, from the command line."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from conftest import NUM_VAL
+
+from resnet_nb.cli import main
+from resnet_nb.files import read_json
+from resnet_nb.results.evaluate import evaluate, load_network, predict_files
+from resnet_nb.run.folder import best_epoch
+
+
+def typed(*words, fails=False):
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    assert bool(result.exit_code) == fails, result.output
+    return result.stdout if not fails else result.output
+
+
+def test_a_run_of_two_processes_is_judged_as_it_judged_itself_each_picture_once(two, data):
+    numbers = json.loads(typed("evaluate", two, "--json"))
+    assert numbers["pictures"] == NUM_VAL
+    assert round(numbers["top1"]["value"] * NUM_VAL) == round(best_epoch(two)["val/acc"] * NUM_VAL)
+    assert numbers["top1"]["low"] < numbers["top1"]["value"] < numbers["top1"]["high"]
+    assert read_json(two / "evaluation.json") == numbers
+    paths = pq.read_table(two / "predictions.parquet")["path"].to_pylist()
+    assert sorted(paths) == sorted(str(path.relative_to(data / "val")) for path in (data / "val").rglob("*.png"))
+    other = json.loads(typed("evaluate", two, "--json", "--image-size", 16))
+    assert (other["image_size"], other["loss"] != numbers["loss"]) == (16, True)
+
+
+def test_the_page_of_an_evaluation_has_its_figures_and_lies_in_the_run(one):
+    said = typed("evaluate", one)
+    assert "top-1" in said and "page: " in said
+    cells = {cell["id"]: cell for cell in nbformat.read(one / "evaluate.ipynb", 4).cells}
+    for name in ("confusion", "calibration", "unsure", "sizes"):
+        assert any("image/png" in output.get("data", {}) for output in cells[name]["outputs"]), name
+    assert not (one / "export").exists()
+
+
+def test_what_can_not_be_judged_is_one_sentence(one, data, tmp_path):
+    assert "has no folder for testing" in typed("evaluate", one, "--no-page", "--split", "test", fails=True)
+    assert "has no folder for testing" in typed("evaluate", one, "--split", "test", fails=True)
+    shutil.copytree(data, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (tmp_path / "renamed" / split / "3").rename(tmp_path / "renamed" / split / "three")
+    said = typed("evaluate", one, "--no-page", "--data-dir", tmp_path / "renamed", fails=True)
+    assert "the data has a class 'three', and the network has 0 of that name" in said
+
+
+def test_a_test_folder_is_judged_though_no_run_reads_it(one, data, tmp_path):
+    shutil.copytree(data, tmp_path / "tested")
+    (tmp_path / "tested" / "val").rename(tmp_path / "tested" / "test")
+    shutil.copytree(tmp_path / "tested" / "train", tmp_path / "tested" / "val")
+    tested = evaluate(one, "test", data_dir=tmp_path / "tested").table
+    assert tested.equals(evaluate(one, data_dir=data).table)
+    assert not tested.equals(evaluate(one, data_dir=tmp_path / "tested").table)
+
+
+def test_pictures_are_answered_bad_ones_named_and_the_table_is_written(one, data, tmp_path):
+    own = tmp_path / "my pictures"
+    shutil.copytree(data / "val" / "2", own / "deep")
+    (own / "a.png").write_bytes(b"<html>not found</html>")
+    said = typed("predict", one, own, "--out", tmp_path / "answers.csv", "--json")
+    rows = json.loads(said)
+    assert len(rows) == 1 + len(list((data / "val" / "2").iterdir()))
+    assert [row["path"] for row in rows if row["problem"]] == [str(own / "a.png")]
+    with open(tmp_path / "answers.csv", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [row["class_1"] for row in written] == [row["class_1"] or "" for row in rows]
+    assert all(1 >= row["probability_1"] >= row["probability_2"] for row in rows if not row["problem"])
+    assert "ends in neither .csv nor .parquet" in typed("predict", one, own, "--out", tmp_path / "answers.xls", fails=True)
+
+
+@pytest.mark.parametrize("pixels_in", [False, True])
+def test_an_exported_program_answers_without_this_project(one, data, tmp_path, pixels_in):
+    typed("export", one, "--out", tmp_path / "out", "--format", "pt2", *["--pixels-in"] * pixels_in)
+    about, picture = read_json(tmp_path / "out" / "preprocessing.json"), next((data / "val" / "1").iterdir())
+    code = f"""
+import json, sys, torch, torchvision.transforms.functional as F
+from PIL import Image
+about = json.load(open({str(tmp_path / "out" / "preprocessing.json")!r}))
+image = F.center_crop(F.resize(Image.open({str(picture)!r}).convert("RGB"), about["short_side"]), about["size"])
+x = F.pil_to_tensor(image)[None]
+if about["input"]["type"] == "float32":
+    x = F.normalize(x / 255, about["mean"], about["std"])
+logits = torch.export.load({str(tmp_path / "out" / "model.pt2")!r}).module()(x)
+assert not any(name.startswith("resnet_nb") for name in sys.modules)
+print(about["classes"][logits.argmax()], logits.softmax(1).max().item())
+"""
+    answer, chance = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path).split()
+    (row,) = predict_files(load_network(one), [picture], top=1).to_pylist()
+    assert (answer, pytest.approx(float(chance), abs=1e-4)) == (row["class_1"], row["probability_1"])
+    assert about["input"]["type"] == ("uint8" if pixels_in else "float32")
+
+
+def test_the_model_card_says_what_the_run_was(one, tmp_path):
+    typed("evaluate", one, "--no-page")
+    typed("export", one, "--out", tmp_path, "--format", "safetensors")
+    card = (tmp_path / "README.md").read_text()
+    for words in ("# one", "96 training and 23 validation pictures", "peak_lr: 0.01", "| top-1 |", "started from random weights", "Seed 0"):
+        assert words in card, words
+    assert str(tmp_path) not in card
