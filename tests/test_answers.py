@@ -108,3 +108,10 @@ def test_the_model_card_says_what_the_run_was(one, tmp_path):
     for words in ("# one", "96 training and 23 validation pictures", "peak_lr: 0.01", "| top-1 |", "started from random weights", "Seed 0"):
         assert words in card, words
     assert str(tmp_path) not in card
+
+
+def test_two_runs_are_compared_on_the_same_pictures(one, two):
+    found = json.loads(typed("compare", one, two, "--json"))
+    assert [name for name, *_ in found["differs"] if name == "run: hw"] and not [n for n, *_ in found["differs"] if n == "recipe: epochs"]
+    assert found["paired"]["pictures"] == NUM_VAL and found["paired"]["p"] == 1.0  # the same weights up to rounding
+    assert f"on the same {NUM_VAL} pictures both are right as often" in typed("compare", one, two)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EXAMPLE', 'SHORT', 'Preprocess', 'normalised', 'load_network', 'pick_device', 'predict', 'match_classes',
            'find_split', 'predictions', 'Evaluation', 'judge', 'evaluate', 'by_size', 'as_plain', 'number_lines',
-           'newest_run', 'example_run', 'pick_run', 'find_files', 'predict_files', 'answer_lines', 'write_table']
+           'paired', 'paired_line', 'newest_run', 'example_run', 'pick_run', 'find_files', 'predict_files',
+           'answer_lines', 'write_table']
 
 # %% ../../nbs/results/01_evaluate.ipynb #imports
 import dataclasses
@@ -34,7 +35,7 @@ from ..data.transforms import decode, eval_picture, load_eval
 from ..files import read_json, write_json
 from ..learn.module import MEAN, STD
 from ..learn.network import FILES, build_model, head_name, load_weights, plain_batchnorm, read_weights, weights_file
-from .scores import Interval, scores
+from .scores import Interval, mcnemar, scores
 from ..run import launch
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
 from ..run.folder import load_config, run_path
@@ -249,6 +250,25 @@ def number_lines(numbers: dict) -> list[str]:
         f"{'weakest class':<18} {rare['class']}: {rare['recall']:.2%} of its {rare['pictures']:,} pictures found",
     ]
 
+# %% ../../nbs/results/01_evaluate.ipynb #paired
+def paired(one: Evaluation, other: Evaluation) -> dict:
+    "McNemar's test of two networks on the pictures that both were asked about; ValueError where there are none."
+    right = [dict(zip(table["path"].to_pylist(), table["right"].to_pylist())) for table in (one.table, other.table)]
+    both = sorted(right[0].keys() & right[1].keys())
+    if not both:
+        raise ValueError("the two were asked about no common picture; judge them on the same data and split")
+    return mcnemar(*(np.array([answers[path] for path in both]) for answers in right))
+
+
+def paired_line(one: str, other: str, found: dict) -> str:
+    "The test in words."
+    word = f"{one} is right more often" if found["difference"] > 0 else f"{other} is right more often"
+    chance = f"by chance as much with p = {found['p']:.2g}"
+    return (
+        f"on the same {found['pictures']:,} pictures {word if found['difference'] else 'both are right as often'}, by {abs(found['difference']):.2%}: "
+        f"{found['only_first']:,} only {one} got right, {found['only_second']:,} only {other}; {chance}"
+    )
+
 # %% ../../nbs/results/01_evaluate.ipynb #pick_run
 EXAMPLE = "example"
 SHORT = {"epochs": 4, "image_sizes": [16, 24]}  # an example's recipe is that of the digits, in half a minute on two cores
@@ -260,14 +280,14 @@ def newest_run() -> Path | None:
     return max(runs, key=lambda path: (path / "metrics.jsonl").stat().st_mtime, default=None)
 
 
-def example_run(show: Callable[[str], None] = print) -> Path:
-    "The folder of a short run on the embedded digits, named 'example': it is trained now, unless it is there."
-    if not (run_path(EXAMPLE) / "checkpoints" / "BEST").exists():
-        show(f"a short run on the digits is trained first, {EXAMPLE!r}")
-        config = resolve(Parameters(recipe="digits", name=EXAMPLE, overrides=SHORT))
+def example_run(show: Callable[[str], None] = print, name: str = EXAMPLE, seed: int = 0) -> Path:
+    "The folder of a short run on the embedded digits: it is trained now, unless it is there."
+    if not (run_path(name) / "checkpoints" / "BEST").exists():
+        show(f"a short run on the digits is trained first, {name!r}")
+        config = resolve(Parameters(recipe="digits", name=name, seed=seed, overrides=SHORT))
         validate(config)  # which makes the digits
-        launch.train(config, show)
-    return run_path(EXAMPLE)
+        launch.train(config, lambda line: show(line.rpartition(" |")[0] or line))  # without how fast it was
+    return run_path(name)
 
 
 def pick_run(run: str = "", show: Callable[[str], None] = print) -> Path:

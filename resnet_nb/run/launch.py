@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'command', 'stray_variables', 'first_error', 'supervise', 'RunFailed',
-           'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'follow', 'train']
+           'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'follow', 'train', 'run_names', 'describe_run']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
 import functools
@@ -22,6 +22,7 @@ from pathlib import Path
 from ..config import Hardware, RunConfig
 from resnet_nb.run.folder import (
     RunBusy,
+    best_epoch,
     create_run,
     final_note,
     is_locked,
@@ -29,6 +30,7 @@ from resnet_nb.run.folder import (
     lock_run,
     make_run_dir,
     parse_rows,
+    read_rows,
     read_status,
     run_identity,
     run_path,
@@ -261,7 +263,7 @@ def follow(
     if status["status"] == "failed":
         raise RunFailed(_failure(run_dir, status))
     if status["status"] == "stopped":
-        show(f"stopped ({status['reason']}); run it again under the name {run_dir.name!r} to go on")
+        show(f"stopped ({status['reason']}); resnet-nb train {run_dir.name} goes on")
     if interrupted:
         raise KeyboardInterrupt
     return status
@@ -278,5 +280,28 @@ def train(config: RunConfig, show: Callable[[str], None] = print, on_epoch: Call
         show(f"{config.name} is running already, started elsewhere; this follows it")
     status = follow(run_dir, show, on_epoch)
     if status["status"] != "completed":
-        raise RunStopped(f"run {config.name!r} was stopped before its end ({status['reason']}); run it again under this name to go on")
+        raise RunStopped(f"run {config.name!r} was stopped before its end ({status['reason']}); resnet-nb train {config.name} goes on")
     return run_dir
+
+# %% ../../nbs/run/06_launch.ipynb #list_runs
+def run_names() -> list[str]:
+    "Names of the runs, the one that has written last first."
+    found = {path.parent: path.stat().st_mtime for path in run_path("x").parent.glob("*/config.json")}
+    written = {run: max([at, *(path.stat().st_mtime for path in run.glob("metrics.jsonl"))]) for run, at in found.items()}
+    return [run.name for run in sorted(written, key=written.get, reverse=True)]
+
+
+def describe_run(name: str) -> dict:
+    "What a run is and how far it has come: name, status, epoch (finished ones), epochs, best and last accuracy, recipe, hw, problem."
+    try:
+        config, status = load_config(run_path(name)), read_status(run_path(name))
+    except ValueError as error:
+        return {"name": name, "status": "damaged", "problem": str(error)}
+    best, last = (row or {} for row in (status.get("best"), status.get("last")))
+    if status["status"] == "running":  # run.json is written when an attempt begins and ends
+        rows = read_rows(run_path(name), "val")
+        best, last = best_epoch(run_path(name)), rows[-1] if rows else {}
+    return {
+        "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs, "best": best.get("val/acc"),
+        "last": last.get("val/acc"), "recipe": config.recipe_name, "hw": config.hw, "problem": status["reason"],
+    }  # fmt: skip

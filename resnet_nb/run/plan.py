@@ -7,6 +7,7 @@ __all__ = ['USUAL', 'WRITTEN_RUN', 'resolve', 'read_parameters', 'has_kernels', 
            'validate_weights', 'validate', 'describe', 'open_run']
 
 # %% ../../nbs/run/05_plan.ipynb #imports
+import ast
 import ctypes
 import json
 import os
@@ -32,6 +33,8 @@ from ..seed import STREAM_VERSION
 def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig | None = None) -> RunConfig:
     "The run that `parameters` ask for, or with them the recipe of an `old` run again; raises ValueError for anything unknown, mistyped or out of range."
     p = parameters
+    if p.name and p == Parameters(name=p.name) and (run_path(p.name) / "config.json").exists():  # the name alone: what that run was
+        return load_config(run_path(p.name)).model_copy(update={"name": p.name})
     if p.hw not in HARDWARE:
         raise ValueError(f"unknown hw {p.hw!r}; {nearest(p.hw, HARDWARE)}")
     recipe_name = p.recipe or HARDWARE[p.hw].default_recipe
@@ -63,8 +66,19 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
     })  # fmt: skip
 
 # %% ../../nbs/run/05_plan.ipynb #read_parameters
+def _assigned(source: str) -> set[str]:
+    "Names that a cell's source assigns at its top level."
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError:  # a cell of magics
+        return set()
+    targets = [t for s in statements for t in getattr(s, "targets", [getattr(s, "target", None)])]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
 def read_parameters(namespace: dict[str, Any]) -> Parameters:
-    "The parameters among a notebook's names; raises ValueError for a plain value under any other name."
+    """The parameters among a notebook's names; raises ValueError for a plain value under any other name,
+    and whenever the cell that was run with them has one."""
     plain = (str, int, float, list, dict, type(None))
     names = Parameters.model_fields
     first = not namespace.setdefault("_parameters_are_read", False)  # later the notebook has names of its own
@@ -72,6 +86,11 @@ def read_parameters(namespace: dict[str, Any]) -> Parameters:
     for name, value in namespace.items() if first else ():
         if isinstance(value, plain) and name not in names and name not in ("In", "Out") and not name.startswith("_"):
             raise ValueError(f"unknown parameter {name!r}; {nearest(name, names)}")
+    cells = (_assigned(source) for source in reversed(namespace.get("In", [])))
+    for name in sorted(
+        next((cell for cell in cells if cell & names.keys()), set()) - names.keys()
+    ):  # the cell of parameters as it ran last
+        raise ValueError(f"unknown parameter {name!r}; {nearest(name, names)}")
     given = {name: namespace[name] for name in names if name in namespace}
     for name in ("hw", "recipe", "name", "data_dir"):
         if not isinstance(given.get(name, ""), str):
