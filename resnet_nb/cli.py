@@ -130,7 +130,7 @@ def _shown(path: Path) -> str:
     "A path as short as it can be typed here."
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
-# %% ../nbs/90_cli.ipynb #train-command
+# %% ../nbs/90_cli.ipynb #Explained
 class _Explained(click.Command):
     "A command whose help ends with the parameters of a run, and what can be said for them."
 
@@ -150,7 +150,7 @@ class _Explained(click.Command):
             with formatter.section(title):
                 formatter.write_dl(rows)
 
-
+# %% ../nbs/90_cli.ipynb #train-command
 @main.command(cls=_Explained)
 @click.argument("name", default="")
 @click.option("-p", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
@@ -189,7 +189,7 @@ def train(name, p, r, y, f):
         raise click.exceptions.Exit(130) from None
     click.echo(f"done: {_shown(run_dir / 'train.ipynb')} and {_shown(run_dir / 'curves.png')}")
 
-# %% ../nbs/90_cli.ipynb #other-commands
+# %% ../nbs/90_cli.ipynb #runs-command
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 def runs(as_json):
@@ -206,7 +206,7 @@ def runs(as_json):
     if not found:
         click.echo("there are no runs yet; resnet-nb train begins one")
 
-
+# %% ../nbs/90_cli.ipynb #follow-commands
 @main.command()
 @click.argument("run", callback=lambda context, option, value: _find_run(value))
 def plot(run):
@@ -236,7 +236,7 @@ def stop(run):
     launch.stop(run)
     launch.follow(run, click.echo, history=False)
 
-# %% ../nbs/90_cli.ipynb #answer-commands
+# %% ../nbs/90_cli.ipynb #evaluate-command
 RUN = click.argument("run", callback=lambda context, option, value: _find_run(value))
 WHICH = click.option("--which", default="best", show_default=True, type=click.Choice(["best", "last"]), help="Checkpoint.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -268,7 +268,7 @@ def evaluate(run, which, as_json, split, data_dir, image_size, page):
         raise ValueError(error.evalue) from None
     click.echo(f"page: {_shown(run / 'evaluate.ipynb')}")
 
-
+# %% ../nbs/90_cli.ipynb #predict-command
 @main.command()
 @RUN
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(exists=True))
@@ -292,7 +292,7 @@ def predict(run, pictures, which, as_json, top, out):
     if bad := table.num_rows - table["problem"].null_count:
         click.echo(f"{bad:,} of {table.num_rows:,} pictures can't be read", err=True)
 
-
+# %% ../nbs/90_cli.ipynb #compare-command
 @main.command()
 @click.argument("a", callback=lambda context, option, value: _find_run(value))
 @click.argument("b", callback=lambda context, option, value: _find_run(value))
@@ -312,7 +312,7 @@ def compare(a, b, as_json, split):
     lines += [f"{run.name}: top-1 {one.numbers['top1']}" for run, one in zip((a, b), judged)]
     click.echo("\n".join([*lines, results.paired_line(a.name, b.name, found)]))
 
-
+# %% ../nbs/90_cli.ipynb #export-command
 @main.command("export")
 @RUN
 @WHICH

@@ -32,8 +32,8 @@ def test_a_run_of_two_processes_is_judged_as_it_judged_itself_each_picture_once(
     assert read_json(two / "evaluation.json") == numbers
     paths = pq.read_table(two / "predictions.parquet")["path"].to_pylist()
     assert sorted(paths) == sorted(str(path.relative_to(data / "val")) for path in (data / "val").rglob("*.png"))
-    other = json.loads(typed("evaluate", two, "--json", "--image-size", 16))
-    assert (other["image_size"], other["loss"] != numbers["loss"]) == (16, True)
+    other = json.loads(typed("evaluate", two, "--json", "--image-size", 40))
+    assert (other["image_size"], other["loss"] != numbers["loss"]) == (40, True)
 
 
 def test_the_page_of_an_evaluation_has_its_figures_and_lies_in_the_run(one):

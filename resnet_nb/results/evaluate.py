@@ -93,7 +93,7 @@ def load_network(
     network.preprocess = Preprocess(size_at(recipe, manifest["epoch"]), recipe.val_resize, recipe.exif_orientation)
     return plain_batchnorm(network).eval()
 
-
+# %% ../../nbs/results/01_evaluate.ipynb #load_plain
 def _load_plain(source: str, arch: str) -> nn.Module:
     "A network from a file of weights, or from those of torchvision, whose classes and preparation are known."
     state = read_weights(weights_file(source, arch))
@@ -104,12 +104,12 @@ def _load_plain(source: str, arch: str) -> nn.Module:
     network = build_model(arch, len(state[head]))
     load_weights(network, state)
     network.classes, network.preprocess = [str(i) for i in range(len(state[head]))], Preprocess(224, 256 / 224)
-    network.source = {"weights": Path(source).name, "arch": arch}
+    network.source = {"weights": Path(source).name, "arch": arch, "classes": "by their order"}
     if not source.endswith(FILES):
         weights = torchvision.models.get_model_weights(arch)
         entry = weights.DEFAULT if source == "default" else weights[source.rpartition(".")[2]]
         prepares = entry.transforms()
-        network.classes = list(entry.meta["categories"])
+        network.classes, network.source["classes"] = list(entry.meta["categories"]), "by name"
         network.preprocess = Preprocess(prepares.crop_size[0], prepares.resize_size[0] / prepares.crop_size[0])
     return plain_batchnorm(network).eval()
 
@@ -151,10 +151,10 @@ def predict(
     answers = [network(normalised(images.to(device))).float().cpu() for images in loader]
     return torch.cat(answers).numpy() if answers else np.zeros((0, len(network.classes)), np.float32)
 
-# %% ../../nbs/results/01_evaluate.ipynb #evaluate
+# %% ../../nbs/results/01_evaluate.ipynb #find_split
 def match_classes(network: nn.Module, index: Index) -> np.ndarray:  # (C of the index,) int64
     "For each class of the index, which output of the network it is; ValueError where one has none."
-    if network.classes == [str(i) for i in range(len(index.classes))]:  # a file of weights knows no names
+    if network.source.get("classes") == "by their order" and len(network.classes) == len(index.classes):  # a file of weights knows no names
         network.classes = list(index.titles)
     if list(index.titles) == network.classes:  # ImageNet has two classes of one name
         return np.arange(len(index.classes))
@@ -191,7 +191,7 @@ def predictions(network: nn.Module, index: Index, labels: np.ndarray, logits: np
         }
     )
 
-
+# %% ../../nbs/results/01_evaluate.ipynb #judge
 @dataclass(frozen=True)
 class Evaluation:
     "A network's numbers on some pictures, and its answer to each of them."
@@ -209,7 +209,7 @@ def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "
     about = network.source | {"image_size": prepares.size, "val_resize": prepares.val_resize}
     return Evaluation(about | scores(logits, labels, network.classes), predictions(network, index, labels, logits), index)
 
-
+# %% ../../nbs/results/01_evaluate.ipynb #evaluate
 def evaluate(
     run: str | Path,
     split: str = "val",  # or 'test', 'train'
@@ -232,7 +232,7 @@ def by_size(network: nn.Module, index: Index, sizes: Iterable[int], most: int = 
     few = index.without(np.flatnonzero(np.arange(len(index)) % -(-len(index) // most)))
     return {size: judge(network, few, size, **how).numbers["top1"] for size in sizes}
 
-
+# %% ../../nbs/results/01_evaluate.ipynb #number_lines
 def as_plain(numbers: dict) -> dict:
     "Numbers as JSON has them."
     return {name: dataclasses.asdict(value) if isinstance(value, Interval) else value for name, value in numbers.items()}
@@ -330,7 +330,7 @@ def predict_files(network: nn.Module, places: Iterable[str | Path], top: int = 3
     kinds = [(name, pa.string() if name.startswith("class") else pa.float64()) for name in columns]
     return pa.Table.from_pylist(rows, pa.schema([("path", pa.string()), *kinds, ("problem", pa.string())]))
 
-
+# %% ../../nbs/results/01_evaluate.ipynb #answer_lines
 def answer_lines(table: pa.Table) -> list[str]:
     "A table from `predict_files` as a person reads it, a line each picture."
     said = []

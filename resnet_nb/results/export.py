@@ -91,7 +91,7 @@ def write_onnx(program: nn.Module, images: torch.Tensor, path: Path, about: dict
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})[0]
 
-
+# %% ../../nbs/results/03_export.ipynb #write_torch_export
 def write_torch_export(program: nn.Module, images: torch.Tensor, path: Path, about: dict) -> Answers:
     "Write `program` by torch.export, for any number of images; returns how it answers once it is read again."
     torch.export.save(torch.export.export(program, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
@@ -101,7 +101,7 @@ def write_torch_export(program: nn.Module, images: torch.Tensor, path: Path, abo
 
 WRITERS = {"safetensors": write_safetensors, "onnx": write_onnx, "pt2": write_torch_export}  # the endings of their files, too
 
-# %% ../../nbs/results/03_export.ipynb #export
+# %% ../../nbs/results/03_export.ipynb #Exported
 TOLERANCE = 1e-3  # of logits; float32 programs that add up in another order differ by less
 
 
@@ -123,7 +123,7 @@ def _some_images(network: nn.Module, index: Index, most: int = 64) -> torch.Tens
     pixels = [load_eval(index, i, network.preprocess.size, network.preprocess) for i in which]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
-
+# %% ../../nbs/results/03_export.ipynb #export
 @torch.no_grad()
 def export(
     run: str | Path,
@@ -154,7 +154,7 @@ def export(
     write_file(folder / "README.md", model_card(run_dir, about, done))
     return done
 
-# %% ../../nbs/results/03_export.ipynb #model_card
+# %% ../../nbs/results/03_export.ipynb #CARD
 CARD = """---
 library_name: pytorch
 pipeline_tag: image-classification
@@ -195,7 +195,7 @@ It answers with one of its classes whatever it is shown. It was not tested on pi
 the training pictures may restrict what the weights may be used for.
 """
 
-
+# %% ../../nbs/results/03_export.ipynb #model_card
 def _number_table(run_dir: Path, about: dict) -> str:
     "The numbers of the evaluation where there is one of this run, else those of its best epoch."
     numbers = read_json(run_dir / "evaluation.json")
