@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from conftest import SMALL
 
+from resnet_nb.config import Hardware, Parameters, Recipe
 from resnet_nb.run.folder import all_rows, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,11 +172,29 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(data, home):
     os.killpg(command.pid, signal.SIGINT)
     said, _ = command.communicate(timeout=60)
     assert command.returncode == 130, said
-    assert "stopped" in said and "run it again under the name 'ctrl-c'" in said, said
+    assert "stopped" in said and "resnet-nb train ctrl-c goes on" in said, said
     assert read_status(run_dir)["status"] == "stopped"
-    done = resnet_nb(*words[1:])
-    assert done.returncode == 0 and "resumed at step" in done.stdout
+    done = resnet_nb("train", "ctrl-c")  # the name alone: recipe, data and overrides are those of the run
+    assert done.returncode == 0 and "resumed at step" in done.stdout, done.stdout + done.stderr
+    assert len(read_status(run_dir)["attempts"]) == 2
     assert read_status(run_dir)["status"] == "completed"
+
+
+def test_runs_are_listed_and_a_name_of_none_has_the_nearest(from_elsewhere, home):
+    listed = {run["name"]: run for run in json.loads(resnet_nb("runs", "--json").stdout)}
+    assert listed["2024_01"] | {"best": 0, "last": 0} == {
+        "name": "2024_01", "status": "completed", "epoch": 1, "epochs": 1, "best": 0, "last": 0, "recipe": "digits", "hw": "cpu2", "problem": "",
+    }  # fmt: skip
+    assert len(resnet_nb("runs").stdout.splitlines()) == len(listed)
+    done = resnet_nb("train", "2024_02")
+    assert done.returncode == 2 and "there is no run '2024_02' to go on with; did you mean '2024_01'?" in done.stderr
+
+
+def test_help_says_every_parameter_and_field():
+    said = resnet_nb("train", "--help").stdout
+    for model in (Parameters, Recipe, Hardware):
+        assert not [name for name in model.model_fields if f"  {name}" not in said]
+    assert "photos" in said and "g5" in said and "Traceback" not in said
 
 
 def test_runs_that_can_not_be_written_are_refused(data, tmp_path, monkeypatch):

@@ -53,6 +53,8 @@ RUN = {
     "resnet-nb plot NAME": ("", "curves.png"),
     "resnet-nb verify A B": ("", "same"),
     "resnet-nb reproduce A": (" --name {new}", "same"),
+    "resnet-nb runs": ("", "completed  epoch 3/3"),
+    "resnet-nb train NAME": ("", "done: "),
     "resnet-nb evaluate NAME": (" --no-page", "weakest class"),
     "resnet-nb predict NAME PICTURES": (" --top 2", "%"),
     "resnet-nb export NAME": (" --format safetensors --out '{new}'", "23 of 23 answers the same"),

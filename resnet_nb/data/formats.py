@@ -170,7 +170,7 @@ def index_folder(root: Path, data_dir: Path) -> tuple[Index, list[str]]:
     folders = [os.path.join(root, key) for key in keys]
     # for a few folders new processes cost more than they save; a million files keep Python busier than the disk
     lists = in_parallel(_list_class, folders, f"{root.name}: class folders", threads=len(keys) < 100)
-    for key, (names, sizes, listed, others) in zip(keys, lists):
+    for (names, sizes, listed, others), key in zip(lists, keys):  # first what is to be asked to its end
         count_unread([os.fsencode(f"{key}/") + name for name in others], unread)
         if not names:
             held = f" (it holds {what_lies(root / key)})" if os.listdir(root / key) else ""
@@ -548,7 +548,7 @@ def find_tars(data_dir: Path) -> Found:
     whole = str(paths[0])
     inner = {Path(member.name).stem: (member.offset_data, member.size) for member in _members(whole) if member.name.endswith(".tar")}
     lists = in_parallel(lambda place: _list_tar(whole, *place), list(inner.values()), f"{TRAIN_TAR}: classes")
-    rows = [(key, names, sizes, 0, offsets) for key, (names, sizes, offsets) in zip(inner, lists)]
+    rows = [(key, names, sizes, 0, offsets) for (names, sizes, offsets), key in zip(lists, inner)]
     train = make_index(data_dir, "spans", {key: titles.get(key, key) for key in inner}, rows, [TRAIN_TAR])
     found = sorted(zip(*_list_tar(str(paths[1]))))
     if len(found) != len(truth):
@@ -738,7 +738,7 @@ def damaged_parts(dst: str | Path) -> list[str]:
         path = Path(dst) / name
         return not path.exists() or hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != about["parts"][name]["sha256"]
 
-    return [name for name, bad in zip(names, in_parallel(is_damaged, names, "sha256 of each part", threads=True)) if bad]
+    return [name for bad, name in zip(in_parallel(is_damaged, names, "sha256 of each part", threads=True), names) if bad]
 
 # %% ../../nbs/data/01_formats.ipynb #form_of
 def refuse_saved(folder: Path) -> Found:
