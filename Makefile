@@ -29,6 +29,8 @@ lab: setup  # open the notebooks in JupyterLab
 tensorboard: setup  # show the curves of all runs side by side
 	$(BIN)/tensorboard --logdir runs
 
+# two things at a time, with one thread each: threads of two that share a core wait for each other
+test: export OMP_NUM_THREADS = 1
 test: setup  # every notebook from top to bottom, types, style, then all tests
 	$(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/mypy

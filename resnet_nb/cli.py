@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'PACKAGE', 'RUN', 'WHICH', 'JSON', 'read_options', 'main', 'notebook', 'execute', 'train', 'runs', 'plot',
-           'follow', 'stop', 'evaluate', 'predict', 'compare', 'export_run', 'recipes', 'show_recipe', 'hw',
+           'follow', 'stop', 'explore', 'evaluate', 'predict', 'compare', 'export_run', 'recipes', 'show_recipe', 'hw',
            'show_hardware', 'verify', 'reproduce', 'check', 'data', 'make_pack']
 
 # %% ../nbs/90_cli.ipynb #imports
@@ -131,6 +131,18 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 # %% ../nbs/90_cli.ipynb #Explained
+def _options(command):
+    "The ways in which papermill takes parameters."
+    for option in (
+        click.option("-f", multiple=True, metavar="FILE", help="A YAML file of parameters."),
+        click.option("-y", multiple=True, metavar="YAML", help="Parameters as a YAML mapping."),
+        click.option("-r", nargs=2, multiple=True, metavar="NAME TEXT", help="A parameter, taken as text."),
+        click.option("-p", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter."),
+    ):
+        command = option(command)
+    return command
+
+
 class _Explained(click.Command):
     "A command whose help ends with the parameters of a run, and what can be said for them."
 
@@ -153,10 +165,7 @@ class _Explained(click.Command):
 # %% ../nbs/90_cli.ipynb #train-command
 @main.command(cls=_Explained)
 @click.argument("name", default="")
-@click.option("-p", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter.")
-@click.option("-r", nargs=2, multiple=True, metavar="NAME TEXT", help="A parameter, taken as text.")
-@click.option("-y", multiple=True, metavar="YAML", help="Parameters as a YAML mapping.")
-@click.option("-f", multiple=True, metavar="FILE", help="A YAML file of parameters.")
+@_options
 def train(name, p, r, y, f):
     """Train: nbs/train.ipynb with these parameters, into runs/NAME/train.ipynb. NAME alone goes on where that run stopped."""
     import papermill  # only in commands that need it: it costs more than all the rest
@@ -235,6 +244,22 @@ def stop(run):
         return
     launch.stop(run)
     launch.follow(run, click.echo, history=False)
+
+# %% ../nbs/90_cli.ipynb #explore-command
+@main.command()
+@_options
+def explore(p, r, y, f):
+    "Look at data and plan before a run: nbs/explore.ipynb with these parameters, as `train` takes them."
+    config = resolve(read_options(p, r, y, f))
+    validate(config)
+    page = cache_dir(config.data_dir) / "explore.ipynb"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    execute(
+        notebook("explore.ipynb"),
+        page,
+        config.parameters.model_dump() | {"data_dir": config.data_dir, "recipe": config.parameters.recipe or config.recipe_name},
+    )
+    click.echo(f"page: {_shown(page)}")
 
 # %% ../nbs/90_cli.ipynb #evaluate-command
 RUN = click.argument("run", callback=lambda context, option, value: _find_run(value))

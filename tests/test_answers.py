@@ -108,6 +108,9 @@ def test_the_model_card_says_what_the_run_was(one, tmp_path):
     for words in ("# one", "96 training and 23 validation pictures", "peak_lr: 0.01", "| top-1 |", "started from random weights", "Seed 0"):
         assert words in card, words
     assert str(tmp_path) not in card
+    typed("evaluate", one, "--no-page", "--split", "train")
+    typed("export", one, "--out", tmp_path, "--format", "safetensors")
+    assert "| top-1 |" not in (tmp_path / "README.md").read_text()  # numbers on the training pictures are none
 
 
 def test_two_runs_are_compared_on_the_same_pictures(one, two):

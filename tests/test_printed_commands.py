@@ -53,6 +53,7 @@ RUN = {
     "resnet-nb plot NAME": ("", "curves.png"),
     "resnet-nb verify A B": ("", "same"),
     "resnet-nb reproduce A": (" --name {new}", "same"),
+    "resnet-nb explore -p recipe photos -p data_dir ~/pets": (OWN, "page: "),
     "resnet-nb runs": ("", "completed  epoch 3/3"),
     "resnet-nb train NAME": ("", "done: "),
     "resnet-nb evaluate NAME": (" --no-page", "weakest class"),

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..config import Parameters, Recipe
 from ..data.formats import is_picture
-from ..data.index import Index
+from ..data.index import BadPicture, Index
 from ..data.splits import load_data, test_data
 from ..data.transforms import decode, eval_picture, load_eval
 from ..files import read_json, write_json
@@ -148,7 +148,10 @@ def predict(
         num_workers = min(8, os.cpu_count() or 1) if len(which) > 2000 else 0  # starting them costs more than they save for a few
     loader = DataLoader(_Pictures(index, which, prepares or network.preprocess), batch_size, num_workers=num_workers)
     network = network.to(device)
-    answers = [network(normalised(images.to(device))).float().cpu() for images in loader]
+    try:
+        answers = [network(normalised(images.to(device))).float().cpu() for images in loader]
+    except BadPicture as error:  # from a data worker it comes with a traceback before its sentence
+        raise ValueError(error.sentence) from None
     return torch.cat(answers).numpy() if answers else np.zeros((0, len(network.classes)), np.float32)
 
 # %% ../../nbs/results/01_evaluate.ipynb #find_split
@@ -221,7 +224,7 @@ def evaluate(
     network, run_dir = load_network(run, which), find_run(str(run))
     config = load_config(run_dir)
     found = judge(network, find_split(config.recipe, data_dir or config.data_dir, split), **how)
-    found.numbers["split"] = split
+    found.numbers.update(split=split, data_dir=str(data_dir))
     write_json(run_dir / "evaluation.json", as_plain(found.numbers))
     pq.write_table(found.table, run_dir / "predictions.parquet")
     return found
@@ -271,7 +274,7 @@ def paired_line(one: str, other: str, found: dict) -> str:
 
 # %% ../../nbs/results/01_evaluate.ipynb #pick_run
 EXAMPLE = "example"
-SHORT = {"epochs": 4, "image_sizes": [16, 24]}  # an example's recipe is that of the digits, in half a minute on two cores
+SHORT = {"epochs": 4, "image_sizes": [16, 24], "num_threads": 1}  # an example's recipe is that of the digits, in half a minute on one core
 
 
 def newest_run() -> Path | None:

@@ -143,7 +143,7 @@ def export(
     folder = Path(out) if out else run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
     wanted, done = program(images).numpy(), []
-    about = {"arch": config.recipe.arch, "run": config.name} | preparation(network, pixels_in)
+    about = {"arch": config.recipe.arch, "run": config.name, "step": network.source["step"]} | preparation(network, pixels_in)
     for name in formats:
         answers = WRITERS[name](program, images[:2], folder / f"model.{name}", about)(images)
         difference = float(np.abs(answers - wanted).max())
@@ -197,9 +197,9 @@ the training pictures may restrict what the weights may be used for.
 
 # %% ../../nbs/results/03_export.ipynb #model_card
 def _number_table(run_dir: Path, about: dict) -> str:
-    "The numbers of the evaluation where there is one of this run, else those of its best epoch."
+    "The numbers of an evaluation of this checkpoint on the run's own validation or test pictures where there is one, else of its best epoch."
     numbers = read_json(run_dir / "evaluation.json")
-    if not numbers:
+    if not numbers or numbers["step"] != about["step"] or numbers["data_dir"] or numbers["split"] == "train":
         best = read_json(run_dir / "run.json")["best"]
         return f"Top-1 {best['val/acc']:.2%} on the validation pictures (`resnet-nb evaluate {run_dir.name}` gives intervals and more)."
     titles = {"top1": "top-1", "top5": "top-5", "f1": "macro F1", "balanced": "balanced accuracy"}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'command', 'stray_variables', 'first_error', 'supervise', 'RunFailed',
-           'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'follow', 'train', 'run_names', 'describe_run']
+           'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'Progress', 'Told', 'follow', 'train',
+           'run_names', 'describe_run']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
 import functools
@@ -20,6 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ..config import Hardware, RunConfig
+from ..data.sampler import steps_per_epoch
+from ..files import read_json
 from resnet_nb.run.folder import (
     RunBusy,
     best_epoch,
@@ -38,6 +41,7 @@ from resnet_nb.run.folder import (
     utc_now,
     write_status,
 )  # fmt: skip
+from ..schedule import size_plan
 
 # %% ../../nbs/run/06_launch.ipynb #command
 def command(run_dir: Path, world_size: int) -> list[str]:
@@ -210,6 +214,60 @@ def epoch_line(config: RunConfig, train: dict, val: dict) -> str:
         f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}"
     )
 
+# %% ../../nbs/run/06_launch.ipynb #duration
+def duration(seconds: float) -> str:
+    "A time for people, in its two largest units."
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+# %% ../../nbs/run/06_launch.ipynb #Progress
+class Progress:
+    "How far a run has come and how long it will take, from the rows of its record as they come."
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic):
+        self.run_dir, self.recipe, self.clock = run_dir, load_config(run_dir).recipe, clock
+        self.began, self.step, self.per_epoch = clock(), 0, 0
+        self.since: tuple[float, int] | None = None  # when this attempt's steps were first looked at, and the step
+
+    def see(self, rows: list[dict]) -> None:
+        "Take what has come since the last look."
+        for row in rows:
+            if row.get("note") == "start":
+                pictures = read_json(self.run_dir / "manifest.json").get("data", {}).get("train_pictures", 0)
+                self.per_epoch = steps_per_epoch(pictures, self.recipe.num_microbatches, self.recipe.microbatch_size) if pictures else 0
+                self.step, self.since = row["step"], None
+            elif row["event"] == "step":
+                self.step = row["step"]
+        if self.since is None and any(row["event"] == "step" for row in rows):
+            self.since = self.clock(), self.step
+
+    def pixels(self, step: int) -> int:
+        "Of all steps before `step`, in units that are the same for all."
+        parts = size_plan(self.recipe)
+        ends = [first for first, _ in parts[1:]] + [self.recipe.epochs]
+        within = lambda first, end: min(step, end * self.per_epoch) - min(step, first * self.per_epoch)
+        return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
+
+    def __str__(self) -> str:
+        if not self.per_epoch:
+            return f"starting, for {duration(self.clock() - self.began)}"
+        if self.since is None:
+            return f"the first step is under way, {self.per_epoch:,} make an epoch"
+        epoch, into = divmod(self.step, self.per_epoch)
+        if epoch == self.recipe.epochs:
+            return "all steps are done"
+        said, (since, first) = f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}", self.since
+        seconds, done = self.clock() - since, self.pixels(self.step) - self.pixels(first)
+        if not done or not seconds:
+            return said
+        left = [seconds / done * (self.pixels(end * self.per_epoch) - self.pixels(self.step)) for end in (epoch + 1, self.recipe.epochs)]
+        speed = (self.step - first) * self.recipe.global_batch_size / seconds
+        return f"{said}, {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
+
 # %% ../../nbs/run/06_launch.ipynb #details
 def _details(run_dir: Path, attempt: int) -> str:
     "What is known of how `attempt` failed: the traceback of the rank that failed first, else the end of a log."
@@ -226,21 +284,46 @@ def _failure(run_dir: Path, status: dict) -> str:
         return f"run {run_dir.name!r} failed: {sentence} (traceback: {logs})"
     return f"run {run_dir.name!r} failed: {status['reason']}\n\n{_details(run_dir, attempt)}\nlogs: {logs}"
 
+# %% ../../nbs/run/06_launch.ipynb #Told
+class Told:
+    "What a person was told of the progress, and when: about every second where it replaces what stood there, else a line now and then."
+
+    QUIET = 60.0  # s without a line, and 1/200 of the time that a run takes; half of it before the first line
+
+    def __init__(self, show: Callable[[str], None], on_progress: Callable[[str], None]):
+        self.show, self.on_progress = show, on_progress
+        self.began = self.line = self.look = time.monotonic()
+
+    def tell(self, progress: Progress, news: bool) -> None:
+        "Tell how far it has come, unless `news` were told or it was told a moment ago."
+        now = time.monotonic()
+        if now - self.look >= 1:
+            self.on_progress(str(progress))
+            self.look = now
+        quiet = self.QUIET / 2 if self.line == self.began else max(self.QUIET, (now - self.began) / 200)
+        if news or now - self.line >= quiet:
+            if not news:
+                self.show(str(progress))
+            self.line = now
+
 # %% ../../nbs/run/06_launch.ipynb #follow
 def follow(
     run_dir: Path,
     show: Callable[[str], None] = print,  # gets one line per epoch
     on_epoch: Callable[[], None] = lambda: None,  # called after new lines
     history: bool = True,  # begin with the epochs that are done
+    on_progress: Callable[[str], None] = lambda text: None,  # gets how far it has come, about every second
 ) -> dict:
     "Show a run until it ends, and return its status; RunFailed where it failed, KeyboardInterrupt after an interrupt stopped it."
     config, new_rows, train, interrupted = load_config(run_dir), _new_rows(run_dir), {}, False
+    progress, told = Progress(run_dir), Told(show, on_progress)
     if not history:
-        next(new_rows)
+        progress.see(next(new_rows))
     while True:
         try:
             running, news = is_locked(run_dir), False  # looked at before reading: what was written last is still read
-            for row in next(new_rows):
+            progress.see(rows := next(new_rows))
+            for row in rows:
                 if row.get("note") == "start" and row["step"]:
                     show(f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}")
                 if row["event"] == "epoch":
@@ -252,6 +335,7 @@ def follow(
                 on_epoch()
             if not running:
                 break
+            told.tell(progress, news)
             time.sleep(0.2)
         except KeyboardInterrupt:
             if interrupted:
@@ -269,7 +353,7 @@ def follow(
     return status
 
 # %% ../../nbs/run/06_launch.ipynb #train
-def train(config: RunConfig, show: Callable[[str], None] = print, on_epoch: Callable[[], None] = lambda: None) -> Path:
+def train(config: RunConfig, show: Callable[[str], None] = print, on_epoch: Callable[[], None] = lambda: None, **how) -> Path:
     "Start the run `config`, go on with it, or find it running; follow it to its end. Returns its folder; RunStopped where somebody stopped it."
     try:
         run_dir = start(config)
@@ -278,7 +362,7 @@ def train(config: RunConfig, show: Callable[[str], None] = print, on_epoch: Call
         if not is_running(run_dir) or run_identity(load_config(run_dir)) != run_identity(config):
             raise
         show(f"{config.name} is running already, started elsewhere; this follows it")
-    status = follow(run_dir, show, on_epoch)
+    status = follow(run_dir, show, on_epoch, **how)
     if status["status"] != "completed":
         raise RunStopped(f"run {config.name!r} was stopped before its end ({status['reason']}); resnet-nb train {config.name} goes on")
     return run_dir
