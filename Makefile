@@ -24,7 +24,7 @@ train: setup  # train, into runs/NAME; hw= recipe= name= data_dir= seed= numeric
 	  $(if $(seed),-p seed '$(seed)') $(if $(overrides),-y 'overrides: $(overrides)')
 
 lab: setup  # open the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/train.ipynb
 
 tensorboard: setup  # show the curves of all runs side by side
 	$(BIN)/tensorboard --logdir runs

@@ -26,7 +26,7 @@ from ..learn.module import MEAN, STD
 from ..learn.network import build_model
 from .evaluate import find_split, load_network, normalised
 from ..run.checkpoints import find_run
-from ..run.folder import load_config
+from ..run.folder import best_epoch, load_config
 
 # %% ../../nbs/results/03_export.ipynb #preparation
 def preparation(network: nn.Module, pixels_in: bool) -> dict:
@@ -200,7 +200,7 @@ def _number_table(run_dir: Path, about: dict) -> str:
     "The numbers of an evaluation of this checkpoint on the run's own validation or test pictures where there is one, else of its best epoch."
     numbers = read_json(run_dir / "evaluation.json")
     if not numbers or numbers["step"] != about["step"] or numbers["data_dir"] or numbers["split"] == "train":
-        best = read_json(run_dir / "run.json")["best"]
+        best = best_epoch(run_dir)  # of a run that is under way, too
         return f"Top-1 {best['val/acc']:.2%} on the validation pictures (`resnet-nb evaluate {run_dir.name}` gives intervals and more)."
     titles = {"top1": "top-1", "top5": "top-5", "f1": "macro F1", "balanced": "balanced accuracy"}
     rows = [f"| {title} | {numbers[k]['value']:.2%} | {numbers[k]['low']:.2%} to {numbers[k]['high']:.2%} |" for k, title in titles.items()]
