@@ -132,4 +132,4 @@ def test_printed_commands_work(command, place, places, data, tmp_path):
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     if " train " in command and command not in FAILS and "papermill" not in command:
-        assert read_status(run_path(new))["status"] == "completed"
+        assert read_status(run_path(names["NAME"] if "NAME" in command else new))["status"] == "completed"

@@ -27,10 +27,10 @@ from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Parameters, Recipe
+from ..config import Parameters, RunConfig
 from ..data.formats import is_picture
 from ..data.index import BadPicture, Index
-from ..data.splits import load_data, test_data
+from ..data.splits import load_data, test_data, whole_data
 from ..data.transforms import decode, eval_picture, load_eval
 from ..files import read_json, write_json
 from ..learn.module import MEAN, STD
@@ -169,14 +169,18 @@ def match_classes(network: nn.Module, index: Index) -> np.ndarray:  # (C of the 
     return np.array([network.classes.index(name) for name in index.titles])
 
 
-def find_split(recipe: Recipe, data_dir: str | Path, split: str) -> Index:
-    "The pictures of 'train', 'val' or 'test' as a run of `recipe` finds them; ValueError where there are none."
+def find_split(config: RunConfig, split: str, data_dir: str | Path = "") -> Index:
+    "The pictures of 'train', 'val' or 'test' as the run finds them, or as they lie in another `data_dir`; ValueError where there are none."
     if split not in ("train", "val", "test"):
         raise ValueError(f"split={split!r} is neither 'train', 'val' nor 'test'")
     if split == "test":
-        return test_data(data_dir)
-    train, val, _ = load_data(data_dir, recipe.bad_pictures, recipe.val_share, recipe.group)
-    return train if split == "train" else val
+        return test_data(data_dir or config.data_dir)
+    r = config.recipe
+    train, val, *_ = whole_data(data_dir) if data_dir else load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)
+    index = train if split == "train" else val
+    if not len(index):
+        raise ValueError(f"{str(data_dir)!r} has no pictures for {split} ({train.said}); judge on another split")
+    return index
 
 
 def predictions(network: nn.Module, index: Index, labels: np.ndarray, logits: np.ndarray) -> pa.Table:
@@ -222,8 +226,7 @@ def evaluate(
 ) -> Evaluation:
     "A run's checkpoint, judged, and kept in the run's folder. ValueError where it can't be."
     network, run_dir = load_network(run, which), find_run(str(run))
-    config = load_config(run_dir)
-    found = judge(network, find_split(config.recipe, data_dir or config.data_dir, split), **how)
+    found = judge(network, find_split(load_config(run_dir), split, data_dir), **how)
     found.numbers.update(split=split, data_dir=str(data_dir))
     write_json(run_dir / "evaluation.json", as_plain(found.numbers))
     pq.write_table(found.table, run_dir / "predictions.parquet")

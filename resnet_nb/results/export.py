@@ -138,7 +138,7 @@ def export(
         raise ValueError(f"unknown format {unknown[0]!r}; {nearest(unknown[0], WRITERS)}")
     network, run_dir = load_network(run, which), find_run(str(run))
     config = load_config(run_dir)
-    pixels = _some_images(network, find_split(config.recipe, data_dir or config.data_dir, "val"))
+    pixels = _some_images(network, find_split(config, "val", data_dir))
     program, images = (TakesPixels(network).eval(), pixels) if pixels_in else (network, normalised(pixels))
     folder = Path(out) if out else run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
