@@ -58,7 +58,7 @@ RUN = {
     "resnet-nb train NAME": ("", "done: "),
     "resnet-nb evaluate NAME": (" --no-page", "weakest class"),
     "resnet-nb predict NAME PICTURES": (" --top 2", "%"),
-    "resnet-nb export NAME": (" --format safetensors --out '{new}'", "23 of 23 answers the same"),
+    "resnet-nb export NAME": (" --format safetensors", "23 of 23 answers the same"),
     "resnet-nb compare A B": ("", "on the same 23 pictures both are right as often"),
     "resnet-nb check data DIR": (" --no-page", "healthy"),
     "resnet-nb pack DIR PACKED": ("", "96 training and 23 validation pictures"),
