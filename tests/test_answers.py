@@ -98,6 +98,8 @@ print(about["classes"][logits.argmax()], logits.softmax(1).max().item())
     answer, chance = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path).split()
     (row,) = predict_files(load_network(one), [picture], top=1).to_pylist()
     assert (answer, pytest.approx(float(chance), abs=1e-4)) == (row["class_1"], row["probability_1"])
+    (other,) = predict_files(load_network(one), [next((data / "val" / "0").iterdir())], top=1).to_pylist()
+    assert float(chance) != pytest.approx(other["probability_1"], abs=1e-4)  # the control: another picture
     assert about["input"]["type"] == ("uint8" if pixels_in else "float32")
 
 

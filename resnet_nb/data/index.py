@@ -338,8 +338,7 @@ def in_parallel(function: Callable, items: Sequence, what: str, threads: bool = 
 
     # idle processes end after 1 s; joblib's 300 s would keep the end of a program waiting for them
     how = {"n_jobs": 16, "prefer": "threads"} if threads else {"n_jobs": -1, "idle_worker_timeout": 1}
-    tqdm.monitor_interval = (
-        0  # no thread of its own: data workers are forked later, and a fork with threads may wait forever for their locks
-    )
+    # no thread of its own: data workers are forked later, and a fork with threads may wait forever for their locks
+    tqdm.monitor_interval = 0
     results = Parallel(**how, return_as="generator")(delayed(function)(item) for item in items)
     return iter(tqdm(results, desc=what, total=len(items), disable=None, leave=False))  # None: no bar where nobody watches

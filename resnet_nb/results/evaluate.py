@@ -35,7 +35,7 @@ from ..data.transforms import decode, eval_picture, load_eval
 from ..files import read_json, write_json
 from ..learn.module import MEAN, STD
 from ..learn.network import FILES, build_model, head_name, load_weights, plain_batchnorm, read_weights, weights_file
-from .scores import Interval, mcnemar, scores
+from .scores import TITLES, Interval, mcnemar, scores
 from ..run import launch
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
 from ..run.folder import load_config, run_path
@@ -142,7 +142,7 @@ def predict(
     num_workers: int | None = None,  # that read ahead; as many as help, if not given
     prepares: Preprocess | None = None,  # another preparation than the network's own
 ) -> np.ndarray:  # (N, C) float32, logits
-    "What `network` answers to the pictures of `index`, each asked once; BadPicture names one that can't be read."
+    "What `network` answers to the pictures of `index`, each asked once; ValueError names one that can't be read."
     which = np.arange(len(index)) if which is None else np.array(list(which), np.int64)
     if num_workers is None:
         num_workers = min(8, os.cpu_count() or 1) if len(which) > 2000 else 0  # starting them costs more than they save for a few
@@ -247,10 +247,9 @@ def as_plain(numbers: dict) -> dict:
 def number_lines(numbers: dict) -> list[str]:
     "The numbers as a person reads them, a line each."
     rare = min(numbers["classes"], key=lambda row: (row["recall"], row["class"]) if row["pictures"] else (2, ""))
-    titles = {"top1": "top-1", "top5": "top-5", "f1": "macro F1", "balanced": "balanced accuracy"}
     return [
         f"{numbers['pictures']:,} pictures, each asked once, at {numbers['image_size']} px; 95 % intervals in brackets",
-        *(f"{title:<18} {numbers[name]}" for name, title in titles.items()),
+        *(f"{title:<18} {numbers[name]}" for name, title in TITLES.items()),
         f"{'cross-entropy':<18} {numbers['loss']:.4f} nats",
         f"{'calibration error':<18} {numbers['ece']:.2%}",
         f"{'weakest class':<18} {rare['class']}: {rare['recall']:.2%} of its {rare['pictures']:,} pictures found",

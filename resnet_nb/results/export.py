@@ -25,6 +25,7 @@ from ..files import read_json, write_file, write_json
 from ..learn.module import MEAN, STD
 from ..learn.network import build_model
 from .evaluate import find_split, load_network, normalised
+from .scores import TITLES
 from ..run.checkpoints import find_run
 from ..run.folder import best_epoch, load_config
 
@@ -202,8 +203,7 @@ def _number_table(run_dir: Path, about: dict) -> str:
     if not numbers or numbers["step"] != about["step"] or numbers["data_dir"] or numbers["split"] == "train":
         best = best_epoch(run_dir)  # of a run that is under way, too
         return f"Top-1 {best['val/acc']:.2%} on the validation pictures (`resnet-nb evaluate {run_dir.name}` gives intervals and more)."
-    titles = {"top1": "top-1", "top5": "top-5", "f1": "macro F1", "balanced": "balanced accuracy"}
-    rows = [f"| {title} | {numbers[k]['value']:.2%} | {numbers[k]['low']:.2%} to {numbers[k]['high']:.2%} |" for k, title in titles.items()]
+    rows = [f"| {title} | {numbers[k]['value']:.2%} | {numbers[k]['low']:.2%} to {numbers[k]['high']:.2%} |" for k, title in TITLES.items()]
     head = f"{numbers['pictures']:,} pictures ({numbers['split']}) at {numbers['image_size']} px.\n\n| | value | 95 % interval |\n|---|---|---|\n"
     return head + "\n".join(rows) + f"\n\nExpected calibration error {numbers['ece']:.2%}."
 
