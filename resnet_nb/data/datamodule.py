@@ -21,7 +21,7 @@ from .index import Index
 from .sampler import PAD, EvalSampler, MicrobatchSampler, SampleKey
 from .splits import load_data, prepare_data
 from .transforms import load_eval, load_train
-from ..schedule import size_at
+from ..schedule import size_at, eval_size_at
 from ..seed import digest
 
 # %% ../../nbs/data/07_datamodule.ipynb #torch_resize
@@ -219,8 +219,10 @@ class ImageNetDataModule(L.LightningDataModule):
         return make_loader(KeyedImages(self.train_index, self.config, train=True), self.train_sampler(), self.config, self.trainer)
 
     def val_dataloader(self) -> KeyedLoader:
-        sampler = EvalSampler(len(self.val_index), self.config.recipe.microbatch_size, self.size_at, *rank_of(self.trainer))
-        sampler.set_epoch(self.config.recipe.epochs - 1)  # for test and validate; during a run Lightning sets the epoch
+        recipe = self.config.recipe
+        size = lambda epoch: self._size or eval_size_at(recipe, epoch)
+        sampler = EvalSampler(len(self.val_index), recipe.microbatch_size, size, *rank_of(self.trainer))
+        sampler.set_epoch(recipe.epochs - 1)  # for test and validate; during a run Lightning sets the epoch
         return make_loader(KeyedImages(self.val_index, self.config, train=False), sampler, self.config, self.trainer)
 
     test_dataloader = val_dataloader

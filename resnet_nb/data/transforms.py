@@ -27,7 +27,7 @@ except ImportError:  # no wheel for this platform
 
 from ..config import Recipe
 from .index import BadPicture, Index
-from ..seed import AUGMENT, seed_key, uniform
+from ..seed import AUGMENT, FLIP, seed_key, uniform
 
 # %% ../../nbs/data/03_transforms.ipynb #opened
 MAX_PIXELS = 2**26  # 67 megapixels; ImageNet's largest picture has 27
@@ -303,6 +303,7 @@ def draw_crop(
     scale: tuple[float, float],  # area of the crop, as a share of the picture
     ratio: tuple[float, float],  # width over height
     flip: float,  # probability
+    padding: float = 0.0,  # how far it may reach beyond the picture, in units of its side
 ) -> Crop:
     "The random crop that belongs to `key`."
     mirror, x, y, *first = uniform(key, 5).tolist()
@@ -314,7 +315,8 @@ def draw_crop(
         aspect = math.exp(low + (high - low) * r)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return Crop(int(x * (width - w + 1)), int(y * (height - h + 1)), w, h, flipped)
+            over, under = int(padding * w), int(padding * h)
+            return Crop(int(x * (width - w + 2 * over + 1)) - over, int(y * (height - h + 2 * under + 1)) - under, w, h, flipped)
     w = min(width, round(height * ratio[1]))  # the largest centre crop whose ratio is allowed
     h = min(height, round(width / ratio[0]))
     return Crop((width - w) // 2, (height - h) // 2, w, h, flipped)
@@ -327,8 +329,11 @@ def resize(pixels: np.ndarray, size: int, mirror: bool) -> np.ndarray:  # (heigh
 
 
 def train_picture(pixels: np.ndarray, crop: Crop, size: int, resize: Callable = resize) -> np.ndarray:  # (size, size, 3) uint8
-    "The part of a picture that was drawn, resized and mirrored as drawn."
+    "The part of a picture that was drawn, resized and mirrored as drawn; beyond its edges it goes on as its mirror image."
     left, top, width, height, flip = crop
+    beyond = [(max(0, -at), max(0, at + side - have)) for at, side, have in zip((top, left), (height, width), pixels.shape)]
+    if any(map(any, beyond)):
+        pixels, left, top = np.pad(pixels, [*beyond, (0, 0)], "symmetric"), left + beyond[1][0], top + beyond[0][0]
     return resize(pixels[top : top + height, left : left + width], size, flip)
 
 
@@ -368,7 +373,7 @@ def load_train(
     "Training pictures as their epochs see them, (size, size, 3) uint8, each with its crop; BadPicture says which one is bad."
     for start in range(0, len(keys), TOGETHER):
         group = [(*key, index.read(key[1])) for key in keys[start : start + TOGETHER]]
-        drawn = [_draw(data, seed_key(seed, AUGMENT, epoch, i), recipe) for epoch, i, _, data in group]
+        drawn = [_draw(data, seed, epoch, i, recipe) for epoch, i, _, data in group]
         for (_, i, size, data), (crop, width) in zip(group, drawn):
             halve = min(crop.width, crop.height) >= 2 * size
             pixels = _decoded(data, index, i, fast=True, halve=halve, upright=recipe.exif_orientation)
@@ -376,9 +381,11 @@ def load_train(
             yield train_picture(pixels, box, size, resize), crop
 
 
-def _draw(data: bytes, key: int, recipe: Recipe) -> tuple[Crop, int]:  # with the picture's width in px
+def _draw(data: bytes, seed: int, epoch: int, i: int, recipe: Recipe) -> tuple[Crop, int]:  # with the picture's width in px
     width, height = read_size(data, recipe.exif_orientation)
-    return draw_crop(key, width, height, recipe.crop_scale, recipe.crop_ratio, recipe.flip), width
+    flip = (epoch + seed_key(seed, FLIP, i)) % 2 if recipe.flip == "alternating" else recipe.flip
+    key = seed_key(seed, AUGMENT, epoch, i)
+    return draw_crop(key, width, height, recipe.crop_scale, recipe.crop_ratio, flip, recipe.crop_padding), width
 
 
 def load_eval(

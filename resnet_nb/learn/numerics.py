@@ -44,44 +44,53 @@ class GradientSum:
     "Mean of the gradients of `parameters` over the `num_microbatches` microbatches of a step, in any order."
 
     UNIT = 2.0**40  # 1.0 in fixed point
-    PIECE = 2**16  # numbers
+    PIECE = 2**16  # numbers that are worked on at a time, so that they stay in a CPU's cache
 
     def __init__(self, parameters: list[nn.Parameter], num_microbatches: int):
         self.parameters = [p for p in parameters if p.requires_grad]
         self.num_microbatches, self.limit = num_microbatches, 2.0**62 / self.UNIT / num_microbatches
-        device, count = self.parameters[0].device, sum(p.numel() for p in self.parameters)
-        self.total = torch.zeros(count + 1, dtype=torch.int64, device=device)  # its last: how many gradients could not be held
+        device, self.counts = self.parameters[0].device, [p.numel() for p in self.parameters]
+        self.total = torch.zeros(sum(self.counts) + 1, dtype=torch.int64, device=device)  # its last: how many gradients could not be held
+        self.joined = device.type == "cuda"  # there all gradients are copied into one: some kernels instead of thousands
+        self.piece = sum(self.counts) if self.joined else self.PIECE
         self.seconds = 0.0  # spent here since the start
 
-    def _pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _grads(self) -> list[torch.Tensor]:
+        return [_in_memory_order(p.grad) for p in self.parameters]
+
+    def _pairs(self, grads: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         "Each gradient, flat, with its part of the total."
-        parts = self.total[:-1].split([p.numel() for p in self.parameters])
-        return zip((_in_memory_order(p.grad) for p in self.parameters), parts)
+        return zip(grads, self.total[:-1].split([len(grad) for grad in grads]))
 
     @torch.no_grad()
     def add(self) -> None:
         "Take the gradients of one microbatch, and clear them."
-        started = time.perf_counter()
-        for grad, part in self._pairs():
+        started, grads = time.perf_counter(), self._grads()
+        for grad, part in self._pairs([torch.cat(grads)] if self.joined else grads):
             low, high = torch.aminmax(grad)
             self.total[-1] += ~((low > -self.limit) & (high < self.limit))  # counts NaN, too
-            for piece, into in zip(grad.split(self.PIECE), part.split(self.PIECE)):
+            for piece, into in zip(grad.split(self.piece), part.split(self.piece)):
                 into.add_(piece.mul_(self.UNIT).round_().long())  # `to_fixed` in place: the gradient is cleared anyway
                 piece.zero_()
+        if self.joined:
+            torch._foreach_zero_(grads)
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def write_mean(self, all_sum: Callable[[torch.Tensor], torch.Tensor]) -> None:
         "Make the gradients the mean over all microbatches of all ranks; FloatingPointError on all ranks where one could not be held."
-        started = time.perf_counter()
+        started, grads = time.perf_counter(), self._grads()
         self.total.copy_(all_sum(self.total))
-        if self.total[-1]:
+        if self.total[-1]:  # a GPU is waited for here, once per step
             raise FloatingPointError(
                 f"a gradient is not finite, or not below {self.limit:g}: exact sums can't hold it; lower peak_lr, or use numerics=close"
             )
-        for grad, part in self._pairs():
-            for piece, total in zip(grad.split(self.PIECE), part.split(self.PIECE)):
+        means = [torch.empty(len(self.total) - 1, device=self.total.device)] if self.joined else grads
+        for mean, part in self._pairs(means):
+            for piece, total in zip(mean.split(self.piece), part.split(self.piece)):
                 piece.copy_(total).div_(self.UNIT * self.num_microbatches)
+        if self.joined:
+            torch._foreach_copy_(grads, means[0].split(self.counts))
         self.total.zero_()
         self.seconds += time.perf_counter() - started
 

@@ -40,7 +40,7 @@ from ..run import launch
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
 from ..run.folder import load_config, run_path
 from ..run.plan import resolve, validate
-from ..schedule import size_at
+from ..schedule import eval_size_at
 
 # %% ../../nbs/results/01_evaluate.ipynb #Preprocess
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ def load_network(
     if checkpoint is None:
         raise ValueError(f"run {run_dir.name!r} has no checkpoint yet")
     classes = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)["classes"]
-    network = build_model(recipe.arch, len(classes), recipe.dropout)
+    network = build_model(recipe.arch, len(classes), recipe.dropout, recipe.arch_args)
     load_weights(network, read_weights(checkpoint / STATE))
     manifest = read_json(checkpoint / "MANIFEST.json")
     network.classes, network.source = classes, {"run": run_dir.name, "which": which, "step": manifest["step"]}
-    network.preprocess = Preprocess(size_at(recipe, manifest["epoch"]), recipe.val_resize, recipe.exif_orientation)
+    network.preprocess = Preprocess(eval_size_at(recipe, manifest["epoch"]), recipe.val_resize, recipe.exif_orientation)
     return plain_batchnorm(network).eval()
 
 # %% ../../nbs/results/01_evaluate.ipynb #load_plain

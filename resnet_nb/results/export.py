@@ -70,7 +70,7 @@ def write_safetensors(program: nn.Module, images: torch.Tensor, path: Path, abou
     "Write the weights of `program`; returns how they answer once they are read again."
     network = program.network if isinstance(program, TakesPixels) else program
     save_file(network.state_dict(), path, {name: json.dumps(value) for name, value in about.items()} | {"format": "pt"})
-    again = build_model(about["arch"], len(about["classes"])).eval()
+    again = build_model(about["arch"], len(about["classes"]), arch_args=about["arch_args"]).eval()
     again.load_state_dict(load_file(path))
     ask = TakesPixels(again) if network is not program else again
     return lambda images: ask(images).numpy()
@@ -144,7 +144,12 @@ def export(
     folder = Path(out) if out else run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
     wanted, done = program(images).numpy(), []
-    about = {"arch": config.recipe.arch, "run": config.name, "step": network.source["step"]} | preparation(network, pixels_in)
+    about = {
+        "arch": config.recipe.arch,
+        "arch_args": config.recipe.arch_args,
+        "run": config.name,
+        "step": network.source["step"],
+    } | preparation(network, pixels_in)
     for name in formats:
         answers = WRITERS[name](program, images[:2], folder / f"model.{name}", about)(images)
         difference = float(np.abs(answers - wanted).max())

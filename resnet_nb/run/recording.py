@@ -7,6 +7,7 @@ __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'model_info', 
            'EpochClock', 'record', 'WaitingSteps', 'exact_seconds', 'MetricsCallback', 'GraphCallback']
 
 # %% ../../nbs/run/02_recording.ipynb #imports
+import copy
 import time
 import warnings
 from pathlib import Path
@@ -244,8 +245,7 @@ class GraphCallback(L.Callback):
         images = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=module.device)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing is deprecated, and what TensorBoard reads
-            module.network.eval()
-            trainer.logger.experiment.add_graph(module.network, module.normalise(images))
-            module.network.train()
+            network = copy.deepcopy(module.network).eval()  # a copy is not compiled, which could not be traced
+            trainer.logger.experiment.add_graph(network, module.normalise(images))
         trainer.logger.experiment.add_text("model/summary", f"```\n{module.network}\n```")
         written.touch()

@@ -122,6 +122,7 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
         "threads_per_rank": torch.get_num_threads(),
         "precision": config.hardware.precision,
         "channels_last": config.hardware.channels_last,
+        **({"compile": True} if config.hardware.compile else {}),
         "deterministic": config.numerics == "exact",
         **({"variables": variables} if variables else {}),
     }
