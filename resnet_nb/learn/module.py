@@ -21,16 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from ..config import Recipe, RunConfig
-from resnet_nb.learn.network import (
-    build_model,
-    freeze,
-    move_running_stats,
-    param_groups,
-    stages,
-    start_from,
-    take_running_stats,
-    timm_layers,
-)
+from .network import RunningStats, build_model, freeze, param_groups, stages, start_from, timm_layers
 from .numerics import UNIT, GradientSum, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
 from ..schedule import is_frozen, lr_at, size_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
@@ -98,14 +89,18 @@ class StepSums:
     "What one optimizer step adds up beside its gradients: losses, digests of what was read, and BatchNorm's statistics."
 
     def __init__(self, network: nn.Module, num_microbatches: int):
-        self.network, self.num_microbatches = network, num_microbatches
-        self.losses, self.digest, self.stats = [], 0, 0  # of the step under way, on this rank
+        self.num_microbatches, self.stats = num_microbatches, RunningStats(network)
+        self.losses, self.digest = [], 0  # of the step under way, on this rank
         self.last = torch.zeros(3, dtype=torch.int64)  # of the last whole step, over all ranks: loss, losses not representable, digest
+
+    def begin(self) -> None:
+        "Before the forward pass of a microbatch."
+        self.stats.begin()
 
     def add(self, loss: torch.Tensor, digest: int) -> None:
         "Take the loss of one microbatch, () float, and the digest of what was read for it."
         self.losses.append(loss.detach())
-        self.stats = take_running_stats(self.network) + self.stats
+        self.stats.add()
         self.digest += digest
 
     def close(self, all_sum) -> None:
@@ -114,9 +109,9 @@ class StepSums:
         good = representable(losses)
         seen = torch.tensor([(self.digest + 2**63) % 2**64 - 2**63])  # modulo 2**64, as integers wrap
         step = torch.cat([to_fixed(losses.where(good, 0)).sum()[None], (~good).sum()[None], without_wait(seen, losses.device)])
-        total = all_sum(torch.cat([self.stats.to(losses.device), step]))
-        move_running_stats(self.network, total[:-3], self.num_microbatches)
-        self.last, self.losses, self.digest, self.stats = total[-3:], [], 0, 0
+        total = all_sum(torch.cat([self.stats.take().to(losses.device), step]))
+        self.stats.move(total[:-3], self.num_microbatches)
+        self.last, self.losses, self.digest = total[-3:], [], 0
 
     def read(self, sums: list[int]) -> dict:
         "`last` as numbers: train/step_loss, the mean over microbatches, and digest, in hexadecimal."
@@ -320,12 +315,12 @@ class ResNetModule(LearningClassifier):
         started, count = time.monotonic(), len(self.trainer.datamodule.train_index)
         pieces = self.steps_per_epoch * self.config.recipe.num_microbatches
         wanted = [p for p in self.network.parameters() if p.requires_grad]
+        self.step_sums.begin()
         for length in {count // pieces, -(-count // pieces)}:
             images = torch.zeros(length, 3, size, size, dtype=torch.uint8, device=self.device)
             with self.trainer.precision_plugin.forward_context():
                 total = self(images).float().sum()
             torch.autograd.grad(total, wanted)  # past the hooks of DDP
-            take_running_stats(self.network)
         self.compiled.add(size)
         return time.monotonic() - started
 
@@ -335,6 +330,7 @@ class ResNetModule(LearningClassifier):
         microbatch = self.global_rank * each + batch_idx % each
         seed_draws(torch_seed(self.config.seed, MICROBATCH, self.global_step, microbatch), self.device)
         mixed, wanted = self.mix(images, targets)
+        self.step_sums.begin()
         logits = self(mixed)
         loss = self.loss(logits, wanted)
         self.step_sums.add(loss, digest(microbatch, *digests.tolist()))

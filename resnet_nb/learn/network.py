@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMM', 'FILES', 'PREFIX', 'AUXILIARY', 'GhostBatchNorm2d', 'GhostBatchNormAct2d', 'ghost_batchnorm',
-           'plain_batchnorm', 'take_running_stats', 'move_running_stats', 'timm_layers', 'timm_problem', 'build_model',
-           'check_sizes', 'arch_problem', 'weights_file', 'read_weights', 'head_name', 'load_weights', 'start_from',
-           'weights_problem', 'freeze', 'stages', 'depth_of_modules', 'param_groups']
+           'plain_batchnorm', 'RunningStats', 'timm_layers', 'timm_problem', 'build_model', 'check_sizes',
+           'arch_problem', 'weights_file', 'read_weights', 'head_name', 'load_weights', 'start_from', 'weights_problem',
+           'freeze', 'stages', 'depth_of_modules', 'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
 import fcntl
@@ -16,6 +16,7 @@ import pickle
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -35,27 +36,22 @@ from .numerics import from_fixed, on_cpu_if_mps, representable, to_fixed
 
 # %% ../../nbs/learn/01_network.ipynb #GhostBatchNorm2d
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d over one microbatch, whose running statistics wait for `move_running_stats`; its state_dict is BatchNorm2d's.
+    """BatchNorm2d over one microbatch, whose running statistics are moved by `RunningStats`; its state_dict is BatchNorm2d's.
 
     Ghost batch normalization of Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", algorithm 1. There the running
     statistics move once per ghost batch; here they move once per step, towards the mean over its microbatches."""
 
     fixed = False  # where True it normalizes by its running statistics in training, too, and they do not move
-    plain: type[nn.BatchNorm2d] = nn.BatchNorm2d  # what it is without `waiting` and `fixed`
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.waiting = []  # for each microbatch since `take_running_stats`: (2, C), means and unbiased variances
+    plain: type[nn.BatchNorm2d] = nn.BatchNorm2d  # what it is otherwise
+    mean: torch.Tensor | None = None  # where the microbatch's mean and unbiased variance go, (C,) each; None: they are not wanted
+    var: torch.Tensor | None = None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(images)
         if self.fixed:  # whatever train() says, as validation and the graph call it
             return F.batch_norm(images, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps)
-        stats = torch.zeros(2, self.num_features, dtype=self.running_mean.dtype, device=images.device)
-        out = F.batch_norm(images, stats[0], stats[1], self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
-        self.waiting.append(stats)
-        return out
+        return F.batch_norm(images, self.mean, self.var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
 
 
 class GhostBatchNormAct2d(GhostBatchNorm2d):
@@ -72,7 +68,7 @@ def ghost_batchnorm(network: nn.Module) -> nn.Module:
         kinds[timm_layers().BatchNormAct2d] = GhostBatchNormAct2d
     for name, module in network.named_modules():
         if kind := kinds.get(type(module)):
-            module.plain, module.__class__, module.waiting = module.__dict__.get("plain", type(module)), kind, []
+            module.plain, module.__class__ = module.__dict__.get("plain", type(module)), kind
         elif getattr(module, "running_mean", None) is not None:
             raise ValueError(
                 f"{name} is a {type(module).__name__}, whose statistics would depend on the number of processes; needed is BatchNorm2d"
@@ -85,48 +81,62 @@ def plain_batchnorm(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, GhostBatchNorm2d):
             module.__class__ = module.plain
-            for name in ("waiting", "fixed", "plain"):
+            for name in ("plain", "fixed", "mean", "var"):
                 module.__dict__.pop(name, None)
     return network
 
-# %% ../../nbs/learn/01_network.ipynb #move_running_stats
-def _ghost_norms(network: nn.Module) -> list[GhostBatchNorm2d]:
-    "All norms whose statistics move."
-    return [module for module in network.modules() if isinstance(module, GhostBatchNorm2d) and not module.fixed]
+# %% ../../nbs/learn/01_network.ipynb #RunningStats
+class RunningStats:
+    "BatchNorm's statistics of a network: those of a microbatch, their sums over a step, and how the running ones move."
 
+    def __init__(self, network: nn.Module):
+        self.all = [module for module in network.modules() if isinstance(module, GhostBatchNorm2d)]
+        self.norms: list[GhostBatchNorm2d] = []  # those that move now
+        self.memory, self.sums = torch.zeros(0), torch.zeros(1, dtype=torch.int64)
 
-def take_running_stats(network: nn.Module) -> torch.Tensor:  # (2 * channels of all norms + 1,) int64
-    "The waiting statistics, summed over their microbatches in fixed point, then how many are not representable; none waits afterwards."
-    norms = _ghost_norms(network)
-    microbatches = [
-        torch.cat([stats.flatten() for stats in microbatch]) for microbatch in zip(*(norm.waiting for norm in norms), strict=True)
-    ]
-    for norm in norms:
-        norm.waiting = []
-    if not microbatches:
-        return torch.zeros(1, dtype=torch.int64)
-    stats = on_cpu_if_mps(torch.stack(microbatches).float())
-    good = representable(stats)
-    return torch.cat([to_fixed(stats.where(good, 0)).sum(0), (~good).sum()[None]])
+    def begin(self) -> None:
+        "Before a microbatch: make room for its statistics."
+        norms = [norm for norm in self.all if not norm.fixed]
+        if norms and (norms != self.norms or norms[0].running_mean.device != self.memory.device):
+            self.norms, self.memory = norms, torch.cat([torch.zeros_like(norm.running_mean) for norm in norms for _ in range(2)])
+            parts = iter(self._parts(self.memory))
+            for norm in norms:
+                norm.mean, norm.var = next(parts), next(parts)
+        self.norms = norms
+        self.memory.zero_()  # at a momentum of 1 what was there counts 0 times; NaN would stay
 
+    def _parts(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        "Mean, variance, mean, variance, ... of the norms, out of one vector."
+        return values.split([norm.num_features for norm in self.norms for _ in range(2)])
 
-@torch.no_grad()
-def move_running_stats(
-    network: nn.Module,
-    total: torch.Tensor,  # from take_running_stats, summed over ranks
-    num_microbatches: int,  # in the step, over all ranks
-) -> None:
-    "Move all running statistics towards the mean over the step's microbatches; none where one of them is not representable."
-    norms = _ghost_norms(network)
-    if not norms:
-        return
-    means = (from_fixed(total[:-1]) / num_microbatches).to(norms[0].running_mean)
-    whole = (total[-1] == 0).to(norms[0].running_mean)  # 1 or 0: a tensor, so that no GPU is waited for
-    for norm, mean in zip(norms, means.split([2 * norm.num_features for norm in norms])):
-        mean = mean.view(2, -1)
-        norm.running_mean.lerp_(mean[0], norm.momentum * whole)
-        norm.running_var.lerp_(mean[1], norm.momentum * whole)
-        norm.num_batches_tracked += 1
+    def add(self) -> None:
+        "After a microbatch: add its statistics up in fixed point, and count those that are not representable."
+        if self.norms:
+            stats = on_cpu_if_mps(self.memory.float())
+            good = representable(stats)
+            sums = torch.cat([to_fixed(stats.where(good, 0)), (~good).sum()[None]])
+            self.sums = sums + self.sums if len(self.sums) > 1 else sums
+
+    def take(self) -> torch.Tensor:  # (2 * channels of all norms that move + 1,) int64
+        "The sums of the step's microbatches on this rank; afterwards there are none."
+        sums, self.sums = self.sums, torch.zeros(1, dtype=torch.int64)
+        return sums
+
+    @torch.no_grad()
+    def move(
+        self,
+        total: torch.Tensor,  # of `take`, summed over ranks
+        num_microbatches: int,  # in the step, over all ranks
+    ) -> None:
+        "Move all running statistics towards the mean over the step's microbatches; none where one of them is not representable."
+        if not self.norms:
+            return
+        means = (from_fixed(total[:-1]) / num_microbatches).to(self.memory)
+        whole = (total[-1] == 0).to(self.memory)  # 1 or 0: a tensor, so that no GPU is waited for
+        shares = {momentum: momentum * whole for momentum in {norm.momentum for norm in self.norms}}
+        running = [stats for norm in self.norms for stats in (norm.running_mean, norm.running_var)]
+        torch._foreach_lerp_(running, self._parts(means), [shares[norm.momentum] for norm in self.norms for _ in range(2)])
+        torch._foreach_add_([norm.num_batches_tracked for norm in self.norms], 1)
 
 # %% ../../nbs/learn/01_network.ipynb #timm
 TIMM = "timm/"  # what the names of timm's networks begin with
@@ -206,11 +216,19 @@ def check_sizes(
     "Raise ValueError where `arch` can't take square images of one of `sizes`, px, or has no dropout where it is to have some."
     with torch.device("meta"):
         network = build_model(arch, 10, dropout, arch_args).eval()
+    seen = [name for name, module in network.named_modules() if isinstance(module, GhostBatchNorm2d)]
+    calls: Counter = Counter()
+    for name in seen:
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
     for size in sizes:
         try:
             network(torch.empty(2, 3, size, size, device="meta"))
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"arch {arch!r} can't take pictures of {size} px: {error}") from None
+    if other := next((name for name in seen if calls[name] != len(sizes)), None):
+        raise ValueError(
+            f"arch {arch!r} can't be trained here: its norm {other} works {calls[other] / len(sizes):g} times per picture, needed is once"
+        )
 
 
 def arch_problem(arch: str, sizes: tuple[int, ...], dropout: float | None, arch_args: Mapping[str, Any]) -> str:

@@ -270,10 +270,14 @@ class Progress:
 
 # %% ../../nbs/run/06_launch.ipynb #details
 def _details(run_dir: Path, attempt: int) -> str:
-    "What is known of how `attempt` failed: the traceback of the rank that failed first, else the end of a log."
-    tail = lambda path: path.read_text(encoding="utf-8", errors="replace")[-3000:] if path.exists() else ""
-    logs = run_dir / "logs"
-    return first_error(run_dir, attempt).get("traceback") or tail(logs / f"attempt-{attempt}.log") or tail(logs / "supervisor.log")
+    "What is known of how `attempt` failed: the traceback of the rank that failed first, else the end of the first log that says something."
+    logs = [
+        run_dir / "logs" / f"attempt-{attempt}.log",
+        *sorted((run_dir / "logs").glob(f"attempt-{attempt}-rank-*.log")),
+        run_dir / "logs" / "supervisor.log",
+    ]
+    ends = (path.read_text(encoding="utf-8", errors="replace")[-3000:].strip() for path in logs if path.exists())
+    return first_error(run_dir, attempt).get("traceback") or next(filter(None, ends), "")
 
 
 def _failure(run_dir: Path, status: dict) -> str:

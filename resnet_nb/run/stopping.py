@@ -87,12 +87,16 @@ class CheckpointCallback(Checkpoint):
 
     def _stop_if_asked(self, trainer, module) -> str:
         reason = self.flag.look(trainer.is_global_zero)
+        if trainer.world_size == 1:
+            return reason
         asked = torch.tensor(float(bool(reason)), device=module.device)
         return (reason or "another rank") if trainer.strategy.reduce(asked, reduce_op="sum") else ""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        often = 1 if module.device.type == "cpu" else 10  # steps between two looks; a look makes a GPU wait
+        often = (
+            10 if module.device.type == "cuda" and trainer.world_size > 1 else 1
+        )  # steps between two looks; then a look makes the GPUs wait
         # an epoch's last step is saved with its numbers, in on_train_epoch_end
         if not at_step or trainer.is_last_batch or trainer.global_step % often:
             return

@@ -29,6 +29,7 @@ import PIL
 import torch
 import torchvision
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
 from ..config import Hardware, RunConfig, checked
@@ -214,6 +215,9 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
         precision=hardware.precision,
         max_epochs=config.recipe.epochs,
         accumulate_grad_batches=config.microbatches_per_rank,
+        plugins=[
+            TorchElasticEnvironment() if hardware.devices > 1 else LightningEnvironment()
+        ],  # not what else is found: MPI would begin, or fail
         gradient_clip_val=config.recipe.clip_norm or None,  # of the mean: Lightning clips after on_before_optimizer_step
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
