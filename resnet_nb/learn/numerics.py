@@ -71,7 +71,8 @@ class GradientSum:
             self.total[-1] += ~((low > -self.limit) & (high < self.limit))  # counts NaN, too
             for piece, into in zip(grad.split(self.piece), part.split(self.piece)):
                 into.add_(piece.mul_(self.UNIT).round_().long())  # `to_fixed` in place: the gradient is cleared anyway
-                piece.zero_()
+                if not self.joined:  # while it is in the cache
+                    piece.zero_()
         if self.joined:
             torch._foreach_zero_(grads)
         self.seconds += time.perf_counter() - started

@@ -62,6 +62,7 @@ def set_threads(config: RunConfig) -> None:
     hardware = config.hardware
     shared = max(1, (os.cpu_count() or 1) // hardware.devices) if hardware.devices > 1 else torch.get_num_threads()
     torch.set_num_threads(hardware.num_threads or (1 if config.numerics == "exact" else shared))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # without it Lightning's DDP sets the threads anew
 
 
 def validate_exact(config: RunConfig, accelerator: str) -> None:
@@ -202,6 +203,7 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
     "The trainer of this rank."
     hardware, accelerator = config.hardware, pick_accelerator(config.hardware)
     exact = config.numerics == "exact"
+    torch.utils.deterministic.fill_uninitialized_memory = False  # else `deterministic` fills all new memory with NaN, to find who reads it
     ddp = (ExactDDPStrategy if exact else DDPStrategy)(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,

@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -126,26 +125,6 @@ def loop(size, other, numerics="close", compiled=False):
             "peak_MiB": torch.cuda.max_memory_allocated() // 2**20}  # fmt: skip
 
 
-def busy():
-    """Collects NVML's share of time in which the GPU had work, until it is called; then the mean over all but the first and last tenth."""
-    seen, done = [], threading.Event()
-
-    def look():
-        while not done.wait(0.1):
-            seen.append(torch.cuda.utilization())
-
-    thread = threading.Thread(target=look)
-    thread.start()
-
-    def end():
-        done.set()
-        thread.join()
-        tenth = len(seen) // 10
-        return round(sum(seen[tenth : len(seen) - tenth]) / max(1, len(seen) - 2 * tenth), 1)
-
-    return end
-
-
 def whole(size, packed, **more):
     """A whole run on a pack: images per second of its last epoch's training, and the share of its time in which it waited for data."""
     name = f"whole-{size}-{time.time_ns()}"
@@ -154,13 +133,11 @@ def whole(size, packed, **more):
             hw="cuda", recipe="imagenette", name=name, data_dir=str(packed), overrides=MADE | {"image_sizes": [size], "devices": 1} | more
         )
     )
-    said = busy()
     run_dir = launch.train(config)
     last = read_rows(run_dir, "epoch")[-1]
     return {
         "images_per_second": last["pictures_per_second"],
         "data_wait": last["data_wait"],
-        "busy_percent": said(),
         "workers": config.hardware.num_workers,
     }
 
@@ -171,12 +148,11 @@ def timm_run(script, pictures, size):
              "--img-size", str(size), "-b", str(MICROBATCHES * BATCH), "--epochs", "2", "--amp", "--amp-dtype", "bfloat16", "--channels-last", "-j",
              str(max(1, min(16, os.cpu_count() - 1))), "--color-jitter", "0", "--opt", "sgd", "--lr", "0.01", "--sched", "cosine", "--warmup-epochs", "0",
              "--output", tempfile.mkdtemp(), "--log-interval", "5"]  # fmt: skip
-    said = busy()
     ran = subprocess.run(words, capture_output=True, text=True)
-    rates = re.findall(r"Train: 1 \[.*?\(([\d.]+)/s\)", ran.stdout + ran.stderr)
+    rates = re.findall(r"Train: 1 \[.*\([\d.]+s, +([\d.]+)/s\)", ran.stdout + ran.stderr)
     if ran.returncode or not rates:
         return {"error": (ran.stdout + ran.stderr)[-1500:]}
-    return {"images_per_second": float(rates[-1]), "busy_percent": said()}
+    return {"images_per_second": float(rates[-1])}
 
 
 def main(record, pictures="", script=""):
@@ -198,8 +174,7 @@ def main(record, pictures="", script=""):
     note("loops", "exact 176", loop(176, bare(176, False), "exact"))
     if pictures:
         packed = pack(pictures, Path(tempfile.mkdtemp()) / "pack", short_side=0)
-        for size in SIZES:
-            note("whole", f"ours {size}", whole(size, packed))
+        note("whole", "ours 176", whole(176, packed))
         if script:
             note("whole", "timm 176", timm_run(script, pictures, 176))
     note("loops", "compiled 176", loop(176, bare(176, True), compiled=True))
