@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 NBCONVERT := ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN
 
-.PHONY: help setup train lab tensorboard test test-fast typecheck proofs export readme sync clean
+.PHONY: help setup train lab tensorboard test test-fast gpu typecheck proofs export readme sync clean
 
 help:  # this list
 	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,10 @@ test: setup  # every notebook from top to bottom, types, style, then all tests
 test-fast: setup  # the notebooks that were changed, then the quick tests
 	for notebook in $(or $(nb),$$(git diff --name-only HEAD -- 'nbs/*.ipynb')); do $(BIN)/nbdev_test --path $$notebook --do_print || exit 1; done
 	$(BIN)/python -m pytest $(addprefix tests/test_,repository.py sampler.py stream.py proofs.py damaged_data.py)
+
+# make gpu IMAGENETTE_DIR=/folder TIMM_TRAIN=/timm's/train.py; without pictures, loops alone; then bench_gpu.ipynb and README show the new record
+gpu: setup  # on one NVIDIA GPU: its tests, then speed, into nbs/proofs/gpu.json; elsewhere nothing
+	$(BIN)/python tests/gpu/bench.py nbs/proofs/gpu.json $(IMAGENETTE_DIR) $(TIMM_TRAIN)
 
 typecheck: setup  # types alone
 	$(BIN)/mypy

@@ -34,7 +34,7 @@ setup(
     packages=find_packages(include=[package, f"{package}.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("export", "dev")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("timm", "export", "dev")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{package}={package}._modidx:d"],

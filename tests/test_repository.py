@@ -35,14 +35,18 @@ MODULES = {module: "\n".join(sources(NOTEBOOKS[name], "export").values()) for mo
 def test_conda_and_pip_install_the_same_versions():
     def differs(settings: dict) -> list[str]:
         *conda, pip = yaml.safe_load(TEXTS["environment.yml"])["dependencies"]
-        wanted = {*f"{settings['requirements']} {settings['export_requirements']} {settings['dev_requirements']}".split(), "-e ."}
+        wanted = {
+            *f"{settings['requirements']} {settings['timm_requirements']} {settings['export_requirements']} {settings['dev_requirements']}".split(),
+            "-e .",
+        }
         return sorted({*pip["pip"]} ^ wanted | {*conda} ^ {f"python>={settings['min_python']},<3.14", "pip", "make"})
 
     assert differs(SETTINGS) == []
     for old, new in (("tqdm>=4.66", "tqdm>=4.65"), ("scipy>=1.13", "scipy>=1.12"), ("ruff>=0.9", "ruff")):
         assert differs({key: text.replace(old, new) for key, text in SETTINGS.items()}) == sorted([old, new])
     assert differs(SETTINGS | {"min_python": "3.12"}) == ["python>=3.11,<3.14", "python>=3.12,<3.14"]
-    assert {*SETTINGS["export_requirements"].split()} < {*SETTINGS["dev_requirements"].split()}  # [dev] runs all tests
+    extras = {*SETTINGS["timm_requirements"].split(), *SETTINGS["export_requirements"].split()}
+    assert extras < {*SETTINGS["dev_requirements"].split()}  # [dev] runs all tests
 
 
 def test_settings_keep_tags_and_clean_the_rest():

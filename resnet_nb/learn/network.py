@@ -149,7 +149,9 @@ def timm_layers():
             warnings.simplefilter("ignore")  # of what it brings along
             return importlib.import_module("timm.layers")
     except ImportError as error:
-        raise ValueError(f"a network or an optimizer of timm needs timm, which can't be imported ({error}); pip install timm") from None
+        raise ValueError(
+            f"a network or an optimizer of timm needs timm, which can't be imported ({error}); pip install 'resnet-nb[timm]'"
+        ) from None
 
 
 def timm_problem() -> str:

@@ -1,6 +1,6 @@
-"""What a run costs on one NVIDIA GPU: our loop beside a bare one, whole runs beside timm's train.py; a record as JSON.
+"""On one NVIDIA GPU: the tests of this folder, then what a run costs there, our loop beside a bare one, whole runs beside timm's train.py; a record more in a JSON file.
 
-    .venv/bin/python tests/gpu/bench.py RECORD.json [IMAGENETTE_DIR [TIMM_TRAIN_PY]]
+    .venv/bin/python tests/gpu/bench.py RECORDS.json [IMAGENETTE_DIR [TIMM_TRAIN_PY]]
 
 ResNet-50, bf16, channels last, two microbatches of 128 pictures per step. Our loop and the bare one train on one batch that lies on the GPU, and take turns, some steps each.
 Whole runs need pictures: IMAGENETTE_DIR, of which a pack is made.
@@ -17,6 +17,7 @@ import time
 import warnings
 from pathlib import Path
 from statistics import median
+from xml.etree import ElementTree
 
 import lightning as L
 import torch
@@ -109,6 +110,7 @@ def loop(size, other, numerics="close", compiled=False):
     config = resolve(Parameters(hw="cuda", recipe="digits", name=f"loop-{size}-{time.time_ns()}", numerics=numerics, overrides=wish))
     run_dir, turns = make_run_dir(config.name), Turns(other)
     create_run(config)
+    torch.backends.cudnn.benchmark = numerics == "close"
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     module, trainer = ResNetModule(config, CLASSES, 1000), make_trainer(config, run_dir, 1, 0)
@@ -155,19 +157,40 @@ def timm_run(script, pictures, size):
     return {"images_per_second": float(rates[-1])}
 
 
-def main(record, pictures="", script=""):
+def tested():
+    """How many tests of this folder passed and failed, in a process of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent), f"--junitxml={report}"])
+        suite = ElementTree.parse(report).getroot()[0]
+    bad = int(suite.get("failures")) + int(suite.get("errors"))
+    return {"passed": int(suite.get("tests")) - bad - int(suite.get("skipped")), "failed": bad}
+
+
+def main(records, pictures="", script=""):
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU that torch can use: nothing is tested or measured")
+        return 0
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    before = json.loads(Path(records).read_text()) if Path(records).exists() else []
+    versions = environment_facts()["packages"]
+    found = {
+        "gpu": torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "packages": {name: versions[name] for name in PACKAGES if name in versions},
+        "commit": (code_facts()["git_commit"] or "no git")[:7] + " with changes" * bool(code_facts()["git_diff_sha256"]),
+        "tests": tested(),
+        "loops": {},
+        "whole": {},
+    }
     os.environ["RESNET_NB_HOME"] = tempfile.mkdtemp()
     make_digits(Path(os.environ["RESNET_NB_HOME"]) / "data" / "digits")
-    torch.backends.cudnn.benchmark = True
-    found = {"gpu": torch.cuda.get_device_name(), "cores": os.cpu_count(), "packages": {name: version for name, version in environment_facts()["packages"].items() if name in PACKAGES},
-             "commit": code_facts()["git_commit"] or os.environ.get("COMMIT", ""), "loops": {}, "whole": {}}  # fmt: skip
 
     def note(kind, name, numbers):
         found[kind][name] = numbers
         print(f"{kind:<6} {name:<16} {numbers}", flush=True)
-        Path(record).write_text(json.dumps(found, indent=1) + "\n")
+        Path(records).write_text(json.dumps([*before, found], indent=1) + "\n")
 
     for size in SIZES:
         note("loops", f"close {size}", loop(size, bare(size, False)))
@@ -178,7 +201,8 @@ def main(record, pictures="", script=""):
         if script:
             note("whole", "timm 176", timm_run(script, pictures, 176))
     note("loops", "compiled 176", loop(176, bare(176, True), compiled=True))
+    return 1 if found["tests"]["failed"] else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))
