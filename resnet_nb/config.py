@@ -62,12 +62,14 @@ def checked(model: type[Model], values: Mapping) -> Model:
     try:
         return model(**values)
     except ValidationError as report:
-        error = report.errors()[0]
-        field = ".".join(str(part) for part in error["loc"])
+        error, *others = report.errors()
+        kinds = ("int", "float", "bool")  # where a field may be of several types, pydantic names each after the field
+        field = ".".join(str(part) for part in error["loc"] if part not in kinds and not str(part).startswith(("literal[", "constrained-")))
         if error["type"] == "extra_forbidden":
             message = f"unknown {model.__name__.lower()} field {field!r}; {nearest(field, model.model_fields)}"
         elif field:
-            message = f"{field}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+            wanted = [e["msg"] for e in (error, *others) if e["loc"][:1] == error["loc"][:1] and e["input"] == error["input"]]
+            message = f"{field}={error['input']!r}: {', or '.join(dict.fromkeys(w[0].lower() + w[1:] for w in wanted))}"
         else:
             message = error["msg"].removeprefix("Value error, ")
         raise ValueError(message) from None
@@ -292,6 +294,12 @@ class Parameters(Strict):
     numerics: Numerics = what("what is the same for any number of processes", "close")
     overrides: dict[str, Any] = what("recipe or hardware fields that this run changes", {})
 
+# %% ../nbs/00_config.ipynb #shared_unevenly
+def _shared_unevenly(count: int, world_size: int) -> str:
+    fits = [n for n in range(1, count + 1) if count % n == 0]
+    names, near = " or ".join(", ".join(map(str, fits)).rsplit(", ", 1)), max(n for n in fits if n <= world_size)
+    return f"num_microbatches={count} cannot be shared evenly by {world_size} devices; use {names} devices, here overrides: {{devices: {near}}}"
+
 # %% ../nbs/00_config.ipynb #RunConfig
 class RunConfig(Strict):
     "One run, resolved: everything a rank needs to know before it starts."
@@ -334,13 +342,8 @@ class RunConfig(Strict):
             raise ValueError(
                 "numerics=exact can't hold gradients under fp16's loss scale; use precision 32-true or bf16-mixed, or numerics=close"
             )
-        count, world_size = self.recipe.num_microbatches, self.world_size
-        if count % world_size:
-            fits = [n for n in range(1, count + 1) if count % n == 0]
-            names, near = " or ".join(", ".join(map(str, fits)).rsplit(", ", 1)), max(n for n in fits if n <= max(world_size, 1))
-            raise ValueError(
-                f"num_microbatches={count} cannot be shared evenly by {world_size} devices; use {names} devices, here overrides: {{devices: {near}}}"
-            )
+        if self.recipe.num_microbatches % self.world_size:
+            raise ValueError(_shared_unevenly(self.recipe.num_microbatches, self.world_size))
         return self
 
 # %% ../nbs/00_config.ipynb #parse_yaml

@@ -181,7 +181,7 @@ def make_loader(
     return KeyedLoader(
         images,
         sampler,
-        config.hardware.num_workers,
+        int(config.hardware.num_workers),
         room=config.recipe.microbatch_size * largest * largest * 3,
         worker_init_fn=_ignore_signals if trainer else None,
         pin_memory=bool(trainer) and trainer.strategy.root_device.type == "cuda",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'EpochSums', 'epoch_numbers', 'without_wait', 'StepSums', 'make_optimizer', 'mixing', 'balanced',
            'ImageClassifier', 'EvaluatedClassifier', 'seed_draws', 'count_batches', 'LearningClassifier',
-           'ResNetModule']
+           'CompiledClassifier', 'ResNetModule']
 
 # %% ../../nbs/learn/02_module.ipynb #imports
 import importlib
@@ -296,14 +296,14 @@ class LearningClassifier(EvaluatedClassifier):
             return F.cross_entropy(logits, wanted, label_smoothing=smoothing)
         return F.cross_entropy(logits, wanted, self.class_weights, label_smoothing=smoothing, reduction="sum") / len(logits)
 
-# %% ../../nbs/learn/02_module.ipynb #ResNetModule
-class ResNetModule(LearningClassifier):
-    "A LearningClassifier, and how a run trains it: microbatch by microbatch, and from one checkpoint to the next."
+# %% ../../nbs/learn/02_module.ipynb #CompiledClassifier
+class CompiledClassifier(LearningClassifier):
+    "A LearningClassifier with the sums of a step, whose network is compiled before the epoch that needs it, where the profile asks for that."
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes, steps_per_epoch, class_counts)
+        self.step_sums = StepSums(self.network, config.recipe.num_microbatches)
         self.compiled: set[int] = set()  # px
-        self.mix, self.step_sums = mixing(config.recipe, num_classes), StepSums(self.network, config.recipe.num_microbatches)
 
     def on_train_epoch_start(self) -> None:
         if self.config.hardware.compile and (size := size_at(self.config.recipe, self.current_epoch)) not in self.compiled:
@@ -324,9 +324,16 @@ class ResNetModule(LearningClassifier):
         self.compiled.add(size)
         return time.monotonic() - started
 
+# %% ../../nbs/learn/02_module.ipynb #ResNetModule
+class ResNetModule(CompiledClassifier):
+    "A CompiledClassifier, and how a run trains it: microbatch by microbatch, and from one checkpoint to the next."
+
+    def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
+        super().__init__(config, num_classes, steps_per_epoch, class_counts)
+        self.mix = mixing(config.recipe, num_classes)
+
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
-        images, targets, digests = batch
-        each = self.config.microbatches_per_rank
+        (images, targets, digests), each = batch, self.config.microbatches_per_rank
         microbatch = self.global_rank * each + batch_idx % each
         seed_draws(torch_seed(self.config.seed, MICROBATCH, self.global_step, microbatch), self.device)
         mixed, wanted = self.mix(images, targets)

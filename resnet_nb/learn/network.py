@@ -60,7 +60,7 @@ class GhostBatchNormAct2d(GhostBatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.act(self.drop(super().forward(images)))
 
-
+# %% ../../nbs/learn/01_network.ipynb #ghost_batchnorm
 def ghost_batchnorm(network: nn.Module) -> nn.Module:
     "Turn every BatchNorm2d of `network` into a GhostBatchNorm2d, in place; weights and statistics are kept. ValueError for other norms with statistics."
     kinds = {nn.BatchNorm2d: GhostBatchNorm2d, GhostBatchNorm2d: GhostBatchNorm2d, GhostBatchNormAct2d: GhostBatchNormAct2d}
@@ -161,7 +161,7 @@ def timm_problem() -> str:
     except ValueError as error:
         return str(error)
 
-
+# %% ../../nbs/learn/01_network.ipynb #builders
 def _of_timm(name: str, num_classes: int, dropout: float | None, args: dict[str, Any]) -> nn.Module:
     "timm's network `name`, without trained weights."
     layers, timm = timm_layers(), importlib.import_module("timm")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ..config import Hardware, RunConfig
+from ..config import RunConfig
 from ..data.sampler import steps_per_epoch
 from ..files import read_json
 from resnet_nb.run.folder import (
@@ -74,13 +74,13 @@ def stray_variables(environment: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environment if STRAY.fullmatch(name))
 
 
-def _environment(attempt: int, hardware: Hardware) -> dict[str, str]:
+def _environment(attempt: int, world_size: int) -> dict[str, str]:
     "What the ranks find in their environment; what a person has set in theirs goes before the defaults, what steers by accident is left out."
     defaults = dict(KEEP_MEMORY)
     extra = SAFE_PYTHON | {"RESNET_NB_ATTEMPT": str(attempt), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120", "PYTHONUNBUFFERED": "1"}
-    if hardware.devices > 1:
+    if world_size > 1:
         defaults["OMP_NUM_THREADS"] = "1"  # as torchrun would, which says so in a banner; each rank sets its own
-    if sys.platform == "darwin" and hardware.devices > 1:
+    if sys.platform == "darwin" and world_size > 1:
         extra["GLOO_SOCKET_IFNAME"] = "lo0"
     stray = stray_variables(os.environ)
     return defaults | {name: value for name, value in os.environ.items() if name not in stray} | extra
@@ -129,7 +129,7 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
         with open(run_dir / "logs" / f"attempt-{attempt}.log", "ab") as log:
             ranks = subprocess.Popen(
                 command(run_dir, config.world_size),
-                env=_environment(attempt, config.hardware),
+                env=_environment(attempt, config.world_size),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
             )  # fmt: skip
             for number in (signal.SIGTERM, signal.SIGINT):

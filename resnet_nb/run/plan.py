@@ -26,7 +26,7 @@ from .folder import load_config, run_path
 from ..schedule import size_plan
 from ..seed import STREAM_VERSION
 
-# %% ../../nbs/run/05_plan.ipynb #resolve
+# %% ../../nbs/run/05_plan.ipynb #hardware_of
 def _overridden(model: type[Model], base: Model, overrides: dict) -> Model:
     return checked(model, base.model_dump() | {k: v for k, v in overrides.items() if k in model.model_fields})
 
@@ -39,7 +39,7 @@ def _hardware(hw: str, overrides: dict, numerics: Numerics) -> Hardware:
         else hardware
     )
 
-
+# %% ../../nbs/run/05_plan.ipynb #resolve
 def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig | None = None) -> RunConfig:
     "The run that `parameters` ask for, or with them the recipe of an `old` run again; raises ValueError for anything unknown, mistyped or out of range."
     p = parameters

@@ -87,10 +87,9 @@ class CheckpointCallback(Checkpoint):
 
     def _stop_if_asked(self, trainer, module) -> str:
         reason = self.flag.look(trainer.is_global_zero)
-        if trainer.world_size == 1:
-            return reason
-        asked = torch.tensor(float(bool(reason)), device=module.device)
-        return (reason or "another rank") if trainer.strategy.reduce(asked, reduce_op="sum") else ""
+        if trainer.world_size > 1 and trainer.strategy.reduce(torch.tensor(float(bool(reason)), device=module.device), reduce_op="sum"):
+            return reason or "another rank"
+        return reason
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         at_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0

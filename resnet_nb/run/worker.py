@@ -60,7 +60,7 @@ def pick_accelerator(hardware: Hardware) -> str:
 def set_threads(config: RunConfig) -> None:
     "Set the CPU threads of this rank: as the profile says; else one for exact numerics, an even share where ranks share a CPU, torch's choice."
     hardware = config.hardware
-    shared = max(1, (os.cpu_count() or 1) // hardware.devices) if hardware.devices > 1 else torch.get_num_threads()
+    shared = max(1, (os.cpu_count() or 1) // config.world_size) if config.world_size > 1 else torch.get_num_threads()
     torch.set_num_threads(hardware.num_threads or (1 if config.numerics == "exact" else shared))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # without it Lightning's DDP sets the threads anew
 
@@ -212,13 +212,13 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
     )
     return L.Trainer(
         accelerator=accelerator,
-        devices=hardware.devices,
-        strategy=ddp if hardware.devices > 1 else "auto",
+        devices=config.world_size,
+        strategy=ddp if config.world_size > 1 else "auto",
         precision=hardware.precision,
         max_epochs=config.recipe.epochs,
         accumulate_grad_batches=config.microbatches_per_rank,
         plugins=[
-            TorchElasticEnvironment() if hardware.devices > 1 else LightningEnvironment()
+            TorchElasticEnvironment() if config.world_size > 1 else LightningEnvironment()
         ],  # not what else is found: MPI would begin, or fail
         gradient_clip_val=config.recipe.clip_norm or None,  # of the mean: Lightning clips after on_before_optimizer_step
         use_distributed_sampler=False,
