@@ -55,7 +55,10 @@ RUN = {
     "resnet-nb verify A B": ("", "same"),
     "resnet-nb reproduce A": (" --name {new}", "same"),
     "resnet-nb explore -p recipe photos -p data_dir ~/pets": (OWN, "page: "),
-    "resnet-nb seeds -p hw cpu2 --count 3 --variant '{flip: 0.5}' --variant '{flip: alternating}'": (f" --count 1{TRAINS}", "flip: alternating  "),
+    "resnet-nb seeds -p hw cpu2 --count 3 --variant '{flip: 0.5}' --variant '{flip: alternating}'": (
+        f" --count 1{TRAINS}",
+        "flip: alternating  ",
+    ),
     "resnet-nb runs": ("", "completed  epoch 3/3"),
     "resnet-nb train NAME": ("", "done: "),
     "resnet-nb evaluate NAME": (" --no-page", "weakest class"),

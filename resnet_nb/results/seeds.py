@@ -23,16 +23,16 @@ from ..run.plan import resolve, validate
 class Spread(NamedTuple):
     "Accuracies of some seeds: their mean, standard deviation, and the 95 % interval of the mean; NaN where one seed says nothing of them."
 
-    count: int
+    seeds: int
     mean: float
     sd: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        if self.count < 2:
+        if self.seeds < 2:
             return f"{self.mean:.2%} (one seed)"
-        return f"{self.mean:.2%} ± {self.sd:.2%} ({self.count} seeds, mean within {self.low:.2%} to {self.high:.2%})"
+        return f"{self.mean:.2%} ± {self.sd:.2%} ({self.seeds} seeds, mean within {self.low:.2%} to {self.high:.2%})"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -44,7 +44,7 @@ def spread(values: Sequence[float]) -> Spread:
     half = float(student.ppf(0.975, count - 1)) * sd / count**0.5
     return Spread(count, mean, sd, mean - half, mean + half)
 
-# %% ../../nbs/results/05_seeds.ipynb #run_seeds
+# %% ../../nbs/results/05_seeds.ipynb #planned
 def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> dict[str, list[Parameters]]:
     "For each variant, which is a mapping of overrides, the parameters of its seeds; ValueError for what can't be."
     if count < 1:
@@ -58,10 +58,13 @@ def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> 
         if not all(NAME.fullmatch(name) for name in names):
             raise ValueError(f"run name {names[-1]!r} is not allowed: give a shorter -p name NAME of letters, digits, '.', '_' or '-'")
         each = {"overrides": parameters.overrides | dict(variant)}
-        found[said] = [checked(Parameters, parameters.model_dump() | each | {"name": name, "seed": parameters.seed + k}) for k, name in enumerate(names)]
+        found[said] = [
+            checked(Parameters, parameters.model_dump() | each | {"name": name, "seed": parameters.seed + k})
+            for k, name in enumerate(names)
+        ]
     return found
 
-
+# %% ../../nbs/results/05_seeds.ipynb #run_seeds
 def run_seeds(
     parameters: Parameters,  # its seed is the first one
     count: int,  # of seeds
@@ -72,13 +75,12 @@ def run_seeds(
     runs = {said: [resolve(p) for p in each] for said, each in planned(parameters, count, variants).items()}
     for first, *_ in runs.values():
         validate(first)
-    for said, configs in runs.items():
-        for config in configs:
-            show(f"{config.name}")
-            launch.train(config, show=show)
+    for config in (config for configs in runs.values() for config in configs):
+        show(config.name)
+        launch.train(config, show=show)
     return {said: [launch.run_path(config.name) for config in configs] for said, configs in runs.items()}
 
-
+# %% ../../nbs/results/05_seeds.ipynb #seed_lines
 def last_accuracies(runs: Sequence[Path]) -> list[float]:
     "Validation accuracy after the last epoch of each run: not the best one, which would be chosen by the pictures that it is judged on."
     return [read_rows(run, "val")[-1]["val/acc"] for run in runs]
