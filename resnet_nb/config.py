@@ -244,7 +244,7 @@ class Hardware(Strict):
         return self
 
     @property
-    def open(self) -> list[str]:
+    def unsettled(self) -> list[str]:
         "Fields that are 'auto'."
         return [name for name in type(self).model_fields if getattr(self, name) == "auto"]
 
@@ -345,7 +345,7 @@ class RunConfig(Strict):
             raise ValueError(
                 f"run name {self.name!r} is not allowed: use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
             )
-        if left := [name for name in self.hardware.open if name != "accelerator"]:
+        if left := [name for name in self.hardware.unsettled if name != "accelerator"]:
             raise ValueError(f"{left[0]}='auto' is to be resolved before there is a run; plan.resolve does it")
         if self.numerics == "exact" and self.hardware.compile:
             raise ValueError(

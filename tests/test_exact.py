@@ -198,3 +198,15 @@ def test_a_killed_run_goes_on_to_the_same_bits_on_another_world_size(at, make_co
     assert digests(run_dir) == digests(reference)
     assert validation(run_dir) == validation(reference)
     assert [row["epoch"] for row in read_json(run_dir / "metrics.json")["val"]] == [0, 1]
+
+
+def test_exact_bits_hold_with_lookahead_after_a_stop(make_config):
+    pytest.importorskip("timm")
+    how = SHORT | {"optimizer": "radam", "lookahead": 3, "peak_lr": 1e-3, "devices": 1}
+    whole = launch.train(make_config("lookahead", numerics="exact", **how))
+    assert "network.conv1.weight lookahead_slow_buff" in tensors(whole)
+    run_dir = stopped_at_once(make_config("lookahead-stopped", numerics="exact", **how))
+    launch.train(make_config("lookahead-stopped", numerics="exact", **(how | {"devices": 2})))
+    assert tensors(run_dir) == tensors(whole)
+    without = launch.train(make_config("no-lookahead", numerics="exact", **(how | {"lookahead": 0})))
+    assert tensors(without)["network.conv1.weight"] != tensors(whole)["network.conv1.weight"]

@@ -308,6 +308,11 @@ def draw_crop(
     "The random crop that belongs to `key`."
     mirror, x, y, *first = uniform(key, 5).tolist()
     flipped, low, high = mirror < flip, math.log(ratio[0]), math.log(ratio[1])
+
+    def placed(w: int, h: int) -> Crop:
+        over, under = int(padding * w), int(padding * h)
+        return Crop(int(x * (width - w + 2 * over + 1)) - over, int(y * (height - h + 2 * under + 1)) - under, w, h, flipped)
+
     for attempt in range(10):
         # the first attempt nearly always fits
         a, r = uniform(key, 23)[3 + 2 * attempt :][:2].tolist() if attempt else first
@@ -315,10 +320,11 @@ def draw_crop(
         aspect = math.exp(low + (high - low) * r)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            over, under = int(padding * w), int(padding * h)
-            return Crop(int(x * (width - w + 2 * over + 1)) - over, int(y * (height - h + 2 * under + 1)) - under, w, h, flipped)
+            return placed(w, h)
     w = min(width, round(height * ratio[1]))  # the largest centre crop whose ratio is allowed
     h = min(height, round(width / ratio[0]))
+    if padding:
+        return placed(w, h)
     return Crop((width - w) // 2, (height - h) // 2, w, h, flipped)
 
 # %% ../../nbs/data/03_transforms.ipynb #apply

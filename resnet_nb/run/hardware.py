@@ -70,7 +70,7 @@ def settle(
         "channels_last": accelerator == "cuda",
         "num_workers": workers,
     }
-    return checked(Hardware, hardware.model_dump() | {name: auto[name] for name in hardware.open})
+    return checked(Hardware, hardware.model_dump() | {name: auto[name] for name in hardware.unsettled})
 
 # %% ../../nbs/run/00_hardware.ipynb #validate_hardware
 def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:

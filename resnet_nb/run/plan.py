@@ -35,7 +35,7 @@ def _hardware(hw: str, overrides: dict, numerics: Numerics) -> Hardware:
     hardware = _overridden(Hardware, HARDWARE[hw], overrides)
     return (
         settle(hardware, find_devices() if hardware.accelerator != "cpu" else NO_DEVICES, exact=numerics == "exact")
-        if hardware.open
+        if hardware.unsettled
         else hardware
     )
 
@@ -144,7 +144,7 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
     prepare_data(config.recipe.dataset, config.data_dir)
     r = config.recipe
     train, val, _ = load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)
-    if problem := one_class_problem(train) or pack_problem(config.data_dir, max(r.image_sizes)):
+    if problem := one_class_problem(train) or pack_problem(config.data_dir, max(*r.image_sizes, r.test_size or 0)):
         raise ValueError(problem)
     validate_weights(r, len(train.classes))
     steps_per_epoch(len(train), config.recipe.num_microbatches, config.recipe.microbatch_size)

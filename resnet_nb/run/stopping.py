@@ -58,7 +58,10 @@ def tensor_hashes(trainer) -> dict[str, str]:
     module, (optimizer,) = trainer.lightning_module, trainer.optimizers
     found = {name: sha256(tensor) for name, tensor in module.state_dict().items()}
     names = {parameter: name for name, parameter in module.named_parameters()}
-    for parameter, state in optimizer.state.items():
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = optimizer.state_dict()  # as it is saved: an optimizer may wrap another one, which has the state
+    for number, parameter in zip((number for group in held["param_groups"] for number in group["params"]), parameters, strict=True):
+        state = held["state"].get(number, {})
         found |= {f"{names[parameter]} {key}": sha256(value) for key, value in state.items() if isinstance(value, torch.Tensor)}
     return found
 
