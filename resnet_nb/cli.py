@@ -35,7 +35,7 @@ from .data.pack import pack
 from .data.splits import drawn_line, index_data
 from .results.compare import compare_runs, exit_code, verify_run, what_differs
 from .run import launch
-from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, run_path
+from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, read_status, run_path
 from .run.plan import WRITTEN_RUN, resolve, validate
 
 # %% ../nbs/90_cli.ipynb #read_options
@@ -81,7 +81,9 @@ class _Commands(click.Group):
         except (ValueError, OSError) as error:
             raise click.UsageError(str(error)) from None
         except launch.RunFailed as error:
-            raise click.ClickException(str(error)) from None
+            failed = click.ClickException(str(error))
+            failed.exit_code = error.code
+            raise failed from None
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -196,7 +198,9 @@ def train(name, p, r, y, f):
             raise click.exceptions.Exit(130) from None
         if error.ename == "ValueError":
             raise ValueError(error.evalue) from None
-        raise launch.RunFailed(error.evalue if error.ename == "RunFailed" else f"{error.ename}: {error.evalue}") from None
+        failed = launch.RunFailed(error.evalue if error.ename == "RunFailed" else f"{error.ename}: {error.evalue}")
+        failed.code = launch.CODES.get(launch.error_kind(run_dir, len(read_status(run_dir)["attempts"])), failed.code)
+        raise failed from None
     except KeyboardInterrupt:
         launch.stop(run_dir)
         launch.follow(run_dir, click.echo, history=False)

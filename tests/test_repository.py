@@ -125,6 +125,8 @@ LONG = {  # exported cells of more than 45 lines, and why they stay whole
     "learn.network RunningStats": "a network's statistics, their sum and its way back",
     "learn.numerics GradientSum": "the gradients, their sum and its way back",
     "run.recording TextLoggingCallback": "the hooks of one callback",
+    "run.recording MetricsCallback": "the hooks of one callback",
+    "run.stopping CheckpointCallback": "the hooks of one callback",
 }
 
 

@@ -21,13 +21,13 @@ from ..run.plan import resolve, validate
 
 # %% ../../nbs/results/05_seeds.ipynb #Spread
 class Spread(NamedTuple):
-    "Accuracies of some seeds: their mean, standard deviation, and the 95 % interval of the mean; NaN where one seed says nothing of them."
+    "Accuracies of some seeds: their mean, standard deviation, and the 95 % interval of the mean; None where one seed says nothing of them."
 
     seeds: int
     mean: float
-    sd: float
-    low: float
-    high: float
+    sd: float | None
+    low: float | None
+    high: float | None
 
     def __str__(self) -> str:
         if self.seeds < 2:
@@ -39,7 +39,7 @@ def spread(values: Sequence[float]) -> Spread:
     "The `Spread` of at least one value."
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
-        return Spread(count, mean, np.nan, np.nan, np.nan)
+        return Spread(count, mean, None, None, None)
     sd = float(np.std(values, ddof=1))
     half = float(student.ppf(0.975, count - 1)) * sd / count**0.5
     return Spread(count, mean, sd, mean - half, mean + half)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'model_info', 'TextLoggingCallback', 'DataWaitProfiler',
-           'EpochClock', 'record', 'WaitingSteps', 'exact_seconds', 'MetricsCallback', 'GraphCallback']
+           'EpochClock', 'record', 'WaitingSteps', 'exact_seconds', 'check_loss', 'MetricsCallback', 'GraphCallback']
 
 # %% ../../nbs/run/02_recording.ipynb #imports
 import copy
+import math
 import time
 import warnings
 from pathlib import Path
@@ -186,6 +187,15 @@ def exact_seconds(module) -> float | None:
     "Seconds that exact sums have taken so far, by this process's clock; None where sums are not exact."
     return module.gradient_sum.seconds if module.gradient_sum else None
 
+# %% ../../nbs/run/02_recording.ipynb #check_loss
+def check_loss(step: int, loss: float) -> None:
+    "FloatingPointError where the loss of optimizer step `step` is not a number; the message says what to do."
+    if math.isnan(loss):
+        raise FloatingPointError(
+            f"the loss of step {step} is not a number, or too large to be one; nothing was saved since. Lower peak_lr, lengthen warmup_ratio, or set clip_norm, "
+            "under another name; checkpoints from before are whole"
+        )
+
 # %% ../../nbs/run/02_recording.ipynb #MetricsCallback
 class MetricsCallback(L.Callback):
     "metrics.jsonl and TensorBoard: every step, every epoch, every validation. Rank zero writes. Needs a DataWaitProfiler in the trainer."
@@ -200,6 +210,11 @@ class MetricsCallback(L.Callback):
     def _record(self, trainer, *rows: dict) -> None:
         if trainer.is_global_zero and rows:
             record(self.run_dir, trainer.logger, list(rows))
+
+    def _fetch(self, trainer, module) -> None:
+        self._record(trainer, *(rows := self._waiting.fetch(module.step_sums.read)))
+        for row in rows:
+            check_loss(row["step"], row["train/step_loss"])
 
     def on_train_start(self, trainer, module) -> None:
         self.clock.start(trainer.profiler.seconds, 0.0)
@@ -216,14 +231,14 @@ class MetricsCallback(L.Callback):
         self.clock.pictures += len(batch[1]) * trainer.world_size  # microbatches differ by one picture at most
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             row = self._row(trainer, "step", **{"train/learning_rate": self._lr}, image_size=batch[0].shape[-1])
-            if self._waiting.add(row, module.step_sums.last):
-                self._record(trainer, *self._waiting.fetch(module.step_sums.read))
+            if self._waiting.add(row, module.step_sums.last) or module.device.type == "cpu":
+                self._fetch(trainer, module)
 
     def on_validation_start(self, trainer, module) -> None:
         self.clock.stop(trainer.profiler.seconds)
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        self._record(trainer, *self._waiting.fetch(module.step_sums.read))
+        self._fetch(trainer, module)
         wait = torch.tensor(self.clock.waited / self.clock.seconds, device=module.device)
         speed = self.clock.numbers(float(trainer.strategy.reduce(wait, reduce_op="mean")), exact_seconds(module))
         train, val = ({name: value for name, value in module.numbers.items() if name.startswith(stage)} for stage in ("train/", "val/"))

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from ..config import Recipe
 from .checkpoints import STATE, commit_checkpoint, partial_path, rotate
 from .folder import best_epoch
+from .recording import check_loss
 from ..schedule import size_at, size_plan
 
 # %% ../../nbs/run/03_stopping.ipynb #Stopped
@@ -79,7 +80,8 @@ class CheckpointCallback(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _save(self, trainer) -> None:
-        step = trainer.global_step
+        step, sums = trainer.global_step, trainer.lightning_module.step_sums
+        check_loss(step, sums.read(sums.last.tolist())["train/step_loss"])
         partial = trainer.strategy.broadcast(str(partial_path(self.run_dir, step)) if trainer.is_global_zero else None)
         trainer.save_checkpoint(Path(partial) / STATE)  # rank zero writes, all take part
         if trainer.is_global_zero:
