@@ -198,9 +198,9 @@ def train(name, p, r, y, f):
             raise click.exceptions.Exit(130) from None
         if error.ename == "ValueError":
             raise ValueError(error.evalue) from None
-        failed = launch.RunFailed(error.evalue if error.ename == "RunFailed" else f"{error.ename}: {error.evalue}")
-        failed.code = launch.CODES.get(launch.error_kind(run_dir, len(read_status(run_dir)["attempts"])), failed.code)
-        raise failed from None
+        if error.ename == "RunFailed":
+            raise launch.failed(run_dir, read_status(run_dir)) from None
+        raise launch.RunFailed(f"{error.ename}: {error.evalue}") from None
     except KeyboardInterrupt:
         launch.stop(run_dir)
         launch.follow(run_dir, click.echo, history=False)
