@@ -19,6 +19,11 @@ from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import create_run, load_config, make_run_dir, read_rows, run_path
 from resnet_nb.run.worker import make_trainer, run_rank
 
+os.environ.setdefault(
+    "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+)  # read once, when a process first multiplies; Lightning would set it for exact runs alone
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that torch can use")
+
 SHORT = {"epochs": 2, "image_sizes": [16, 24], "precision": "32-true", "channels_last": False}
 EXACT = {"numerics": "exact", "mixup_alpha": 0.2, "ema_decay": 0.9}
 
