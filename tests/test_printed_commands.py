@@ -79,6 +79,8 @@ RUN = {
 NOT_RUN = {
     "make test": "runs this test",
     "make lab": "a server that does not end",
+    "make gpu": "takes minutes where there is an NVIDIA GPU",
+    "make gpu IMAGENETTE_DIR=... TIMM_TRAIN=...": "takes minutes where there is an NVIDIA GPU",
     "make tensorboard": "a server that does not end",
     "make setup TORCH='torch==2.10.0 torchvision==0.25.0'": "gets another build of torch, several GB",
 }
