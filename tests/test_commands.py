@@ -151,7 +151,7 @@ def test_a_bad_picture_ends_the_command_with_one_sentence_and_the_traceback_is_i
         {"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}, "data_dir": str(broken), "recipe": "digits"}
     )
     done = resnet_nb("train", "-p", "name", "cli-broken", "-y", wish)
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert f"{str(picture)!r} can't be decoded as a picture" in done.stderr and "Traceback" not in done.stderr
     assert "Traceback" in (home / "runs" / "cli-broken" / "logs" / "attempt-1-rank-0.log").read_text()
 

@@ -56,7 +56,7 @@ RUN = {
     "resnet-nb reproduce A": (" --name {new}", "same"),
     "resnet-nb explore -p recipe photos -p data_dir ~/pets": (OWN, "page: "),
     "resnet-nb seeds -p hw cpu2 --count 3 --variant '{flip: 0.5}' --variant '{flip: alternating}'": (
-        f" --count 1{TRAINS}",
+        f" --count 1 -p recipe digits -r name seeds -p data_dir {{data}} -y '{ONE_EPOCH}'",
         "flip: alternating  ",
     ),
     "resnet-nb runs": ("", "completed  epoch 3/3"),

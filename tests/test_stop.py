@@ -178,7 +178,7 @@ def test_an_undecodable_picture_stops_the_run_with_its_path(make_config, data, t
     assert "Traceback" in error["traceback"] and "exit code 1" in read_status(run_path("broken"))["reason"]
     assert any("Traceback" in log.read_text() for log in (run_path("broken") / "logs").glob("attempt-1-rank-*.log"))
     followed = CliRunner().invoke(main, ["follow", "broken"])
-    assert followed.exit_code == 1 and sentence in followed.output and followed.output.count("\n") == 1
+    assert followed.exit_code == 3 and sentence in followed.output and followed.output.count("\n") == 1
     wait_for(lambda: not processes_of(run_path("broken")), 20)
 
 
