@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Model', 'Size', 'Share', 'Positive', 'Count', 'Whole', 'VARIANT', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME',
-           'nearest', 'Strict', 'checked', 'what', 'Recipe', 'Hardware', 'recipe_lines', 'hardware_lines', 'Parameters',
-           'RunConfig', 'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
+           'nearest', 'Strict', 'checked', 'what', 'Network', 'Learning', 'Pictures', 'Recipe', 'Hardware',
+           'recipe_lines', 'hardware_lines', 'Parameters', 'RunConfig', 'parse_yaml', 'as_yaml', 'read_recipe',
+           'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -86,9 +87,9 @@ def what(meaning: str, default: Any = ..., **limits: Any) -> Any:
     "A field: what it means and in which unit, its default if it has one, and its limits."
     return Field(default, description=meaning, **limits)
 
-# %% ../nbs/00_config.ipynb #Recipe
-class Recipe(Strict):
-    "What is learned. A field without a default has no sensible one."
+# %% ../nbs/00_config.ipynb #Network
+class Network(Strict):
+    "Fields of a recipe: the network, what it starts from, for how long it learns, and on how much at a time."
 
     dataset: Literal["digits", "imagenette", "imagenet", "photos"] = what("says where pictures are looked for, and what can be fetched")
     arch: str = what("name of a torchvision classification model, or timm/NAME where timm is installed")
@@ -103,6 +104,18 @@ class Recipe(Strict):
     dropout: float | None = what("before the classifier, in architectures that have it; None: as torchvision has it", None, ge=0, lt=1)
     num_microbatches: int = what("in a global batch", ge=1)
     microbatch_size: int = what("pictures in a microbatch, at most; BatchNorm's statistics stay inside it", ge=2)
+
+    @model_validator(mode="after")
+    def _starts(self) -> Self:
+        for name in ("freeze_epochs", "freeze_norm"):
+            if getattr(self, name) and not self.weights:
+                raise ValueError(f"{name}={getattr(self, name)} would keep random weights; say which to start from, with weights: default")
+        return self
+
+# %% ../nbs/00_config.ipynb #Learning
+class Learning(Strict):
+    "Fields of a recipe: optimizer, learning rate and loss."
+
     optimizer: Literal["sgd", "adamw", "radam", "lamb"] = what("of torch.optim; lamb of timm; weight decay is decoupled but in sgd", "sgd")
     momentum: float = what("SGD with Nesterov where it is > 0", 0.9, ge=0, lt=1)
     betas: tuple[Share, Share] = what("decay of the averages of gradients and of their squares, in adamw, radam and lamb", (0.9, 0.999))
@@ -123,6 +136,17 @@ class Recipe(Strict):
     step_gamma: Positive = what("schedule 'step': what each drop multiplies the rate by", 0.1)
     label_smoothing: float = what("share of the target that is spread over all classes", 0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = what("balanced: in the training loss, pictures of rare classes count more", "none")
+
+    @model_validator(mode="after")
+    def _rates(self) -> Self:
+        if self.layer_lr_decay != 1 and self.backbone_lr_share != 1:
+            raise ValueError("layer_lr_decay and backbone_lr_share both say the backbone's learning rate; set one of them")
+        return self
+
+# %% ../nbs/00_config.ipynb #Pictures
+class Pictures(Strict):
+    "Fields of a recipe: which pictures, and what is done to them."
+
     crop_scale: tuple[Share, Share] = what("area of a random crop, as a share of the picture's", (0.08, 1.0))
     crop_ratio: tuple[Positive, Positive] = what("width over height of a random crop", (3 / 4, 4 / 3))
     crop_padding: float = what(
@@ -138,24 +162,13 @@ class Recipe(Strict):
     mixup_alpha: float = what("parameter of mixup's Beta distribution, within a microbatch; 0: no mixup", 0.0, ge=0)
     cutmix_alpha: float = what("the same for CutMix; where both are set, each takes half of the microbatches on average", 0.0, ge=0)
     ema_decay: float = what("share of itself that the weights' average keeps per step; validation uses it; 0: no average", 0.0, ge=0, lt=1)
-    expected_acc: Share | None = what("validation accuracy that a whole run reaches, where it has been measured", None)
-
-    @property
-    def global_batch_size(self) -> int:
-        "Pictures per optimizer step, over all ranks; at most, since microbatches may be smaller."
-        return self.num_microbatches * self.microbatch_size
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _pictures(self) -> Self:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name}={[low, high]}: needs 0 < low <= high")
-        if self.layer_lr_decay != 1 and self.backbone_lr_share != 1:
-            raise ValueError("layer_lr_decay and backbone_lr_share both say the backbone's learning rate; set one of them")
-        for name in ("freeze_epochs", "freeze_norm"):
-            if getattr(self, name) and not self.weights:
-                raise ValueError(f"{name}={getattr(self, name)} would keep random weights; say which to start from, with weights: default")
         if self.group and not self.val_share:
             raise ValueError(
                 f"group={self.group!r} says what stays together when a validation set is drawn; it needs a val_share, such as 0.2"
@@ -169,6 +182,17 @@ class Recipe(Strict):
         except re.error as error:
             raise ValueError(f"group={self.group!r} is no regular expression: {error}") from None
         return self
+
+# %% ../nbs/00_config.ipynb #Recipe
+class Recipe(Pictures, Learning, Network):  # pydantic lists the fields of the last base first
+    "What is learned. A field without a default has no sensible one."
+
+    expected_acc: Share | None = what("validation accuracy that a whole run reaches, where it has been measured", None)
+
+    @property
+    def global_batch_size(self) -> int:
+        "Pictures per optimizer step, over all ranks; at most, since microbatches may be smaller."
+        return self.num_microbatches * self.microbatch_size
 
 # %% ../nbs/00_config.ipynb #RECIPES
 VARIANT = {"act_layer": "mish", "stem_type": "deep", "avg_down": True}  # of timm's ResNets: those that learn most in few epochs

@@ -9,6 +9,7 @@ import pytest
 from resnet_nb.config import Parameters
 from resnet_nb.data.splits import make_digits
 from resnet_nb.run import launch
+from resnet_nb.run.folder import create_run, make_run_dir
 from resnet_nb.run.plan import resolve
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts pytest in the background has it ignored, by children too
@@ -60,6 +61,25 @@ def make_config(data):
         return resolve(Parameters(seed=seed, numerics=numerics, overrides=wish, **given))
 
     return make
+
+
+def run_here(config, attempt: int = 1) -> tuple[Path, str]:
+    """Folder of a run after an attempt in this process, which has torch already, and how it ended; signals and threads are as before."""
+    import torch
+
+    from resnet_nb.run.worker import run_rank
+
+    run_dir, threads = make_run_dir(config.name), torch.get_num_threads()
+    create_run(config)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run_dir, run_rank(run_dir, attempt)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,13 @@
 """A compiled network: when it is compiled, and that it learns the same."""
 
-import signal
-
 import pytest
 import torch
+from conftest import run_here
 from torch import nn
 
 from resnet_nb.files import read_json
 from resnet_nb.run.checkpoints import checkpoints
-from resnet_nb.run.folder import create_run, make_run_dir, read_rows
-from resnet_nb.run.worker import run_rank
+from resnet_nb.run.folder import read_rows
 
 # 96 pictures in 4 steps of 5 microbatches: some have 5, some 4; 23 validation pictures in batches of 5 and a last one of 3
 UNEVEN = {"epochs": 3, "image_sizes": [16, 24, 24], "num_microbatches": 5, "microbatch_size": 5}
@@ -23,15 +21,8 @@ def here(make_config, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
 
     def train(name, **more):
-        config = make_config(name, "local", **(UNEVEN | more))
-        run_dir, threads = make_run_dir(config.name), torch.get_num_threads()
-        create_run(config)
-        try:
-            assert run_rank(run_dir, attempt=1) == "completed"
-        finally:
-            torch.set_num_threads(threads)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run_dir, outcome = run_here(make_config(name, "local", **(UNEVEN | more)))
+        assert outcome == "completed"
         return run_dir
 
     return train

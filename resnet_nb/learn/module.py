@@ -165,7 +165,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's traini
 
 
 class ImageClassifier(L.LightningModule):
-    "A torchvision network with its normalization, and with an average of its weights where the recipe asks for one: images in, logits out."
+    "A network with its normalization, and with an average of its weights where the recipe asks for one: images in, logits out."
 
     def __init__(self, config: RunConfig, num_classes: int):
         super().__init__()

@@ -163,7 +163,7 @@ def record(run_dir: Path, logger, rows: list[dict]) -> None:
 
 
 class WaitingSteps:
-    "Rows of steps whose sums are still on the device: fetched at once after the first step, then FETCH at a time."
+    "Rows of steps whose sums are still on the device: time to fetch them after the first step, then FETCH at a time."
 
     FETCH = 50
 

@@ -1,7 +1,6 @@
 """On one NVIDIA GPU: the same numbers as on a CPU, the same bits for one process and for two, and steps that wait for nothing."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from conftest import run_here
 
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages, KeyedLoader
 from resnet_nb.files import read_json
@@ -17,7 +17,7 @@ from resnet_nb.learn.module import EpochSums, ResNetModule
 from resnet_nb.learn.numerics import GradientSum
 from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import create_run, load_config, make_run_dir, read_rows, run_path
-from resnet_nb.run.worker import make_trainer, run_rank
+from resnet_nb.run.worker import make_trainer
 
 os.environ.setdefault(
     "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
@@ -38,15 +38,8 @@ def steps(run_dir, name):
 
 
 def here(config, attempt=1):
-    """Folder of the run, after an attempt in this process, which has torch already."""
-    run_dir = make_run_dir(config.name)
-    create_run(config)
-    try:
-        outcome = run_rank(run_dir, attempt)
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Folder of the run, after an attempt in this process."""
+    run_dir, outcome = run_here(config, attempt)
     assert outcome == ("stopped: a STOP file; saved at step 1" if (run_dir / "STOP").exists() else "completed")
     return run_dir
 
@@ -151,13 +144,15 @@ def test_sums_of_gradients_have_the_bits_of_the_cpu():
 def test_epoch_sums_are_those_of_the_cpu():
     torch.manual_seed(0)
     logits, targets = torch.randn(64, 10), torch.randint(-1, 10, (64,))
-    vectors = []
-    for device in ("cpu", "cuda"):
+
+    def added(device, targets):
         sums = EpochSums(10)
         for _ in range(3):
             sums.update(torch.tensor(1.5, device=device), logits.to(device), targets.to(device))
-        vectors.append(sums.vector.cpu())
-    assert vectors[0].equal(vectors[1]) and vectors[0][1:].sum() > 0
+        return sums.vector.cpu()
+
+    assert added("cuda", targets).equal(added("cpu", targets))
+    assert not added("cuda", targets).equal(added("cpu", targets.flip(0)))
 
 
 class Enough(Exception):
