@@ -32,7 +32,7 @@ tensorboard: setup  # show the curves of all runs side by side
 # two things at a time, with one thread each: threads of two that share a core wait for each other
 test: export OMP_NUM_THREADS = 1
 test: setup  # every notebook from top to bottom, types, style, then all tests
-	$(BIN)/nbdev_test --n_workers 2 --do_print
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && TMPDIR="$$folder" $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/mypy
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest -n 2 --dist loadfile  # two at a time, a file of tests each

@@ -45,6 +45,15 @@ def home(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def room(tmp_path_factory):
+    """A module's runs go with it, as they would fill a small disk: each holds 86 MB a checkpoint. Those that modules share stay."""
+    yield
+    for run in tmp_path_factory.getbasetemp().glob("a home*/runs/*/"):
+        if run.name not in ("one", "two"):
+            shutil.rmtree(run)
+
+
 @pytest.fixture(scope="session")
 def data(home):
     """Folder of the small data."""

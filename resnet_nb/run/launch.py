@@ -51,6 +51,7 @@ def command(run_dir: Path, world_size: int) -> list[str]:
         return [sys.executable, *worker]
     # a free port on the loopback, by address: resolving the host's name is slow or fails on some Macs
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+    rendezvous += ["--log-dir", os.devnull]  # else a folder below /tmp for each attempt; the ranks write their own logs
     return [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world_size), *rendezvous, *worker]
 
 # %% ../../nbs/run/06_launch.ipynb #environment
