@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Model', 'Size', 'Share', 'Positive', 'Count', 'Whole', 'VARIANT', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME',
-           'nearest', 'Strict', 'checked', 'what', 'Network', 'Learning', 'Pictures', 'Recipe', 'Hardware',
-           'recipe_lines', 'hardware_lines', 'Parameters', 'RunConfig', 'parse_yaml', 'as_yaml', 'read_recipe',
-           'project_root']
+           'nearest', 'Strict', 'checked', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe',
+           'Hardware', 'recipe_lines', 'hardware_lines', 'Parameters', 'RunConfig', 'parse_yaml', 'as_yaml',
+           'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -134,6 +134,9 @@ class Learning(Strict):
     final_lr_share: Share = what("where the rate ends but in 'step', as a share of peak_lr", 0.0)
     step_epochs: Positive = what("schedule 'step': epochs between two drops", 30.0)
     step_gamma: Positive = what("schedule 'step': what each drop multiplies the rate by", 0.1)
+    loss: Literal["cross_entropy", "bce"] = what(
+        "bce: for each class whether it is in the picture, mean over classes (Wightman et al. 2021)", "cross_entropy"
+    )
     label_smoothing: float = what("share of the target that is spread over all classes", 0.0, ge=0, lt=1)
     class_weights: Literal["none", "balanced"] = what("balanced: in the training loss, pictures of rare classes count more", "none")
 
@@ -141,6 +144,10 @@ class Learning(Strict):
     def _rates(self) -> Self:
         if self.layer_lr_decay != 1 and self.backbone_lr_share != 1:
             raise ValueError("layer_lr_decay and backbone_lr_share both say the backbone's learning rate; set one of them")
+        if self.loss == "bce" and self.class_weights != "none":
+            raise ValueError(
+                f"class_weights={self.class_weights!r} weighs a picture's one class, and bce asks for every class; use one of both"
+            )
         return self
 
 # %% ../nbs/00_config.ipynb #Pictures
@@ -183,8 +190,36 @@ class Pictures(Strict):
             raise ValueError(f"group={self.group!r} is no regular expression: {error}") from None
         return self
 
+# %% ../nbs/00_config.ipynb #Augmentation
+class Augmentation(Pictures):
+    "Fields of a recipe: what else is done to a picture, after it was cut out and mirrored, each time it is seen."
+
+    rand_augment: int = what("random operations on a picture, one after the other (RandAugment, Cubuk et al. 2019); 0: none", 0, ge=0, le=8)
+    rand_magnitude: int = what("how strong those of rand_augment are, of 30, in torchvision's table", 9, ge=0, le=30)
+    trivial_augment: bool = what("one random operation of random strength on a picture (TrivialAugment, Müller & Hutter 2021)", False)
+    color_jitter: Share = what(
+        "brightness, contrast and saturation change in random order by a factor this far from 1 at most; 0: none", 0.0
+    )
+    random_erasing: Share = what("probability that a rectangle of 2 to 33 % of a picture becomes noise (Zhong et al. 2017); 0: none", 0.0)
+    repeated_augmentation: int = what(
+        "views of each picture in a global batch; an epoch has as many steps as ever, and so many times fewer pictures (Hoffer et al. 2020)",
+        1,
+        ge=1,
+    )
+
+    @model_validator(mode="after")
+    def _augmentation(self) -> Self:
+        if self.rand_augment and self.trivial_augment:
+            raise ValueError("rand_augment and trivial_augment both choose a picture's operations; set one of them")
+        if self.repeated_augmentation > 1 and self.flip == "alternating":
+            raise ValueError(
+                f"repeated_augmentation={self.repeated_augmentation} shows a picture several times in an epoch, and flip: alternating "
+                "turns it from epoch to epoch; use flip: 0.5"
+            )
+        return self
+
 # %% ../nbs/00_config.ipynb #Recipe
-class Recipe(Pictures, Learning, Network):  # pydantic lists the fields of the last base first
+class Recipe(Augmentation, Learning, Network):  # pydantic lists the fields of the last base first
     "What is learned. A field without a default has no sensible one."
 
     expected_acc: Share | None = what("validation accuracy that a whole run reaches, where it has been measured", None)

@@ -22,7 +22,7 @@ from ..config import RunConfig
 from .index import Index
 from .sampler import PAD, EvalSampler, MicrobatchSampler, SampleKey
 from .splits import load_data, prepare_data
-from .transforms import load_eval, load_train
+from .transforms import draw_changes, load_eval, load_train
 from ..schedule import size_at, eval_size_at
 from ..seed import digest
 
@@ -68,7 +68,8 @@ class KeyedImages(Dataset):
         for place, (pixels, crop) in zip(places, load_train(self.index, self.seed, keys, self.recipe, torch_resize)):
             place[:] = pixels
             crops.append(crop)
-        return *batch, torch.tensor([digest(*key, *crop, target) for key, crop, target in zip(keys, crops, targets)])
+        drawn = [(*crop, *draw_changes(self.seed, *key, self.recipe)) for key, crop in zip(keys, crops)]
+        return *batch, torch.tensor([digest(*key, *numbers, target) for key, numbers, target in zip(keys, drawn, targets)])
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, ...]:
         "One picture: the parts of a batch, without their first dimension."
@@ -223,7 +224,13 @@ class ImageNetDataModule(L.LightningDataModule):
         "This rank's sampler, at the position of the trainer."
         recipe = self.config.recipe
         sampler = MicrobatchSampler(
-            len(self.train_index), recipe.num_microbatches, recipe.microbatch_size, self.config.seed, self.size_at, *rank_of(self.trainer)
+            len(self.train_index),
+            recipe.num_microbatches,
+            recipe.microbatch_size,
+            self.config.seed,
+            self.size_at,
+            *rank_of(self.trainer),
+            views=recipe.repeated_augmentation,
         )
         sampler.seek(self.trainer.global_step if self.trainer else 0)
         return sampler

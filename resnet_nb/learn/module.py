@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'EpochSums', 'epoch_numbers', 'without_wait', 'StepSums', 'make_optimizer', 'mixing', 'balanced',
-           'ImageClassifier', 'EvaluatedClassifier', 'seed_draws', 'count_batches', 'LearningClassifier',
-           'CompiledClassifier', 'ResNetModule']
+           'binary_cross_entropy', 'ImageClassifier', 'EvaluatedClassifier', 'seed_draws', 'count_batches',
+           'LearningClassifier', 'CompiledClassifier', 'ResNetModule']
 
 # %% ../../nbs/learn/02_module.ipynb #imports
 import importlib
@@ -160,6 +160,16 @@ def balanced(counts) -> torch.Tensor:  # (C,) float32
     counts = torch.as_tensor(counts, dtype=torch.float64).clamp(min=1)
     return (counts.sum() / (len(counts) * counts)).float()
 
+# %% ../../nbs/learn/02_module.ipynb #binary_cross_entropy
+def binary_cross_entropy(
+    logits: torch.Tensor,  # (B, C)
+    wanted: torch.Tensor,  # (B,) int64, or (B, C) float shares
+    smoothing: float = 0.0,
+) -> torch.Tensor:  # ()
+    "Mean over pictures and classes, each asked for by itself, as timm's BinaryCrossEntropy after its Mixup (Wightman et al. 2021)."
+    shares = F.one_hot(wanted, logits.shape[1]) if wanted.ndim == 1 else wanted
+    return F.binary_cross_entropy_with_logits(logits.float(), (1 - smoothing) * shares.float() + smoothing / logits.shape[1])
+
 # %% ../../nbs/learn/02_module.ipynb #ImageClassifier
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pictures, RGB in 0..1
 
@@ -292,6 +302,8 @@ class LearningClassifier(EvaluatedClassifier):
     def loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # ()
         "Mean over the microbatch's pictures; with class weights not over what they weigh, which differs between microbatches."
         smoothing = self.config.recipe.label_smoothing
+        if self.config.recipe.loss == "bce":
+            return binary_cross_entropy(logits, wanted, smoothing)
         if self.class_weights is None:
             return F.cross_entropy(logits, wanted, label_smoothing=smoothing)
         return F.cross_entropy(logits, wanted, self.class_weights, label_smoothing=smoothing, reduction="sum") / len(logits)
@@ -312,11 +324,10 @@ class CompiledClassifier(LearningClassifier):
 
     def _compile(self, size: int) -> float:
         "Have the network compiled for training on images of `size` px, whose microbatches have one of two lengths; returns the seconds."
-        started, count = time.monotonic(), len(self.trainer.datamodule.train_index)
-        pieces = self.steps_per_epoch * self.config.recipe.num_microbatches
+        started = time.monotonic()
         wanted = [p for p in self.network.parameters() if p.requires_grad]
         self.step_sums.begin()
-        for length in {count // pieces, -(-count // pieces)}:
+        for length in self.trainer.datamodule.train_sampler().lengths:
             images = torch.zeros(length, 3, size, size, dtype=torch.uint8, device=self.device)
             with self.trainer.precision_plugin.forward_context():
                 total = self(images).float().sum()

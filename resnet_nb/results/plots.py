@@ -65,7 +65,8 @@ def plot_plan(
 def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     "The first training pictures of the first and of the last epoch, augmented, with their labels."
     r = config.recipe
-    sampler = MicrobatchSampler(len(train), r.num_microbatches, r.microbatch_size, config.seed, lambda epoch: size_at(r, epoch))
+    size, views = lambda epoch: size_at(r, epoch), r.repeated_augmentation
+    sampler = MicrobatchSampler(len(train), r.num_microbatches, r.microbatch_size, config.seed, size, views=views)
     fig, axes = plt.subplots(2, columns, figsize=(7, 2.3), layout="constrained")
     for row, epoch in zip(axes, (0, r.epochs - 1)):
         sampler.set_epoch(epoch)
@@ -89,7 +90,9 @@ def plot_augmented(config: RunConfig, train: Index, columns: int = 8) -> Figure:
         ax.imshow(Image.fromarray(decode(train.read(int(i)), upright=r.exif_orientation)).resize((96, 96)))
         ax.set_title(train.titles[train.labels[i]][:12], fontsize=7, parse_math=False)
     for row, (epoch, size) in zip(axes[1:], parts):
-        for ax, (pixels, _) in zip(row, load_train(train, config.seed, [(epoch, int(i), size) for i in which], r)):
+        for ax, (pixels, _) in zip(
+            row, load_train(train, config.seed, [(epoch * r.repeated_augmentation, int(i), size) for i in which], r)
+        ):
             ax.imshow(pixels)
     for row, name in zip(axes, ["whole", *(f"epoch {epoch + 1}\n{size} px" for epoch, size in parts)]):
         row[0].text(-0.15, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=7)
@@ -127,12 +130,15 @@ def _loss_limits(train: list[float], val: list[float]) -> tuple[float, float]:
     return 0.0, 1.1 * max(highest(train), min(highest(val), 2 * highest(train)))
 
 
-def _draw_losses(ax, at_step: list[float], steps: list[dict], train: list[dict], val: list[dict], marker: dict) -> None:
+def _draw_losses(ax, at_step: list[float], steps: list[dict], train: list[dict], val: list[dict], marker: dict, bce: bool) -> None:
     ends, losses = [row["epoch"] + 1 for row in train], [_numbers(train, "train/loss"), _numbers(val, "val/loss")]
     ax.plot(at_step, _numbers(steps, "train/step_loss"), color=TRAIN, lw=0.5, alpha=0.35, label="train, each step")
     ax.plot(ends, losses[0], color=TRAIN, label="train, epoch mean", **marker)
     ax.plot(ends, losses[1], color=VAL, label="validation", **marker)
-    ax.set(ylabel="cross-entropy, nats", ylim=_loss_limits(*losses))
+    if bce:  # a mean over classes, beside cross-entropy
+        ax.set(ylabel="training: bce, nats\nvalidation: cross-entropy", yscale="log")
+    else:
+        ax.set(ylabel="cross-entropy, nats", ylim=_loss_limits(*losses))
 
 
 def _draw_accuracies(ax, train: list[dict], val: list[dict], marker: dict) -> None:
@@ -157,7 +163,7 @@ def plot_run(run_dir: str | Path) -> Figure:
     _draw_lr_plan(lr, r, per_epoch)
     lr.plot(at_step, [row["train/learning_rate"] for row in steps], color=LOGGED, lw=1.2, label="logged")
     marker = {"marker": "o", "ms": 3} if r.epochs <= 30 else {}
-    _draw_losses(loss, at_step, steps, train, val, marker)
+    _draw_losses(loss, at_step, steps, train, val, marker, r.loss == "bce")
     _draw_accuracies(acc, train, val, marker)
     _draw_size_plan(size, r, label="planned")
     seen = sorted({row["epoch"]: row["image_size"] for row in steps}.items())

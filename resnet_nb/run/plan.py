@@ -147,7 +147,7 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
     if problem := one_class_problem(train) or pack_problem(config.data_dir, max(*r.image_sizes, r.test_size or 0)):
         raise ValueError(problem)
     validate_weights(r, len(train.classes))
-    steps_per_epoch(len(train), config.recipe.num_microbatches, config.recipe.microbatch_size)
+    steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size, r.repeated_augmentation)
     return train, val
 
 # %% ../../nbs/run/05_plan.ipynb #describe
@@ -156,13 +156,14 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
     r, h = config.recipe, config.hardware
     per_epoch = steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size)
     share = f"{config.microbatches_per_rank} per rank"
+    views = f"; {r.repeated_augmentation} views of each picture" * (r.repeated_augmentation > 1)
     start = f" from {r.weights}" * bool(r.weights) + f", all but its head fixed for {r.freeze_epochs} of" * bool(r.freeze_epochs)
     return {
         "run": f"{config.name}, seed {config.seed}, numerics {config.numerics}",
         "data": f"{len(train):,} training and {len(val):,} validation pictures of {len(train.classes):,} classes",
         **({"found": train.said} if train.said else {}),
         "network": f"{r.arch}{' with ' * bool(r.arch_args)}{', '.join(f'{k} {v}' for k, v in r.arch_args.items())}{start}{',' * (not r.freeze_epochs)} {r.epochs} epochs of {per_epoch:,} steps, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
-        "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatches of at most {r.microbatch_size}, {share}",
+        "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatches of at most {r.microbatch_size}, {share}{views}",
         "optimizer": f"{r.optimizer}, {r.schedule}, peak learning rate {r.peak_lr:g}, weight decay {r.weight_decay:g}",
         "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}{', compiled' * h.compile}, {h.num_workers} data worker{'s' * (h.num_workers != 1)} per rank",
     }
