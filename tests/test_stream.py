@@ -21,7 +21,7 @@ from resnet_nb.config import Recipe
 from resnet_nb.data import splits, transforms
 from resnet_nb.data.datamodule import KeyedImages
 from resnet_nb.data.sampler import MicrobatchSampler, SampleKey, epoch_order
-from resnet_nb.data.transforms import decode, draw_crop, eval_picture, jpeg_decoder
+from resnet_nb.data.transforms import decode, draw_changes, draw_crop, eval_picture, jpeg_decoder
 from resnet_nb.learn.module import ResNetModule, mixing, seed_draws
 from resnet_nb.seed import AUGMENT, INIT, MICROBATCH, STREAM_VERSION, permutation, seed_key, torch_seed, uniform
 
@@ -40,10 +40,10 @@ def short(value: object) -> str:
 # --- what is drawn: the same with every library ------------------------------------------------------------------------
 
 
-def microbatches(seed):
+def microbatches(seed, views=1):
     found = []
     for rank in range(2):
-        sampler = MicrobatchSampler(100, 4, 6, seed, lambda epoch: 24 + 8 * epoch, rank, 2)
+        sampler = MicrobatchSampler(100, 4, 6, seed, lambda epoch: 24 + 8 * epoch, rank, 2, views)
         for step in (0, 5, 7):  # whole epochs 0 and 1, and what step 7 of the run leaves of epoch 1
             sampler.seek(step)
             found.append([[tuple(key) for key in microbatch] for microbatch in sampler])
@@ -58,6 +58,13 @@ def crops(seed):
     return [tuple(draw_crop(key, *shape, *recipe)) for key in keys for shape in shapes for recipe in recipes]
 
 
+def changes(seed):
+    """Of pictures at two sizes, under every field that changes them."""
+    fields = ({"rand_augment": 2}, {"trivial_augment": True}, {"color_jitter": 0.4}, {"random_erasing": 0.5})
+    recipes = [RECIPE.model_copy(update=one) for one in fields]
+    return [draw_changes(seed, epoch, i, size, recipe) for recipe in recipes for epoch in (0, 59) for i in range(20) for size in SIZES]
+
+
 def validation_digits() -> list[int]:
     return sorted(permutation(seed_key(0, splits.DIGITS), 1797)[:360].tolist())
 
@@ -67,7 +74,9 @@ def drawn(seeds=(0, 1), recipe=RECIPE) -> dict[str, str]:
     found = {
         "orders": [epoch_order(count, seed, epoch).tolist() for seed in seeds for count in (10, 1437) for epoch in (0, 1, 59)],
         "microbatches": [microbatches(seed) for seed in seeds],
+        "views": [microbatches(seed, views=3) for seed in seeds],
         "crops": [crops(seed) for seed in seeds],
+        "changes": [changes(seed) for seed in seeds],
         "digests of training pictures": [[digests for _, digests in training(seed, recipe)] for seed in seeds],
         "seeds of microbatches": [torch_seed(seed, *words) for seed in seeds for words in microbatch],
         "seeds of initial weights": [torch_seed(seed, INIT) for seed in seeds],
@@ -206,8 +215,8 @@ def test_the_digits_for_validation_are_the_first_of_their_permutation(tmp_path):
 # --- the rule: what is drawn changes with STREAM_VERSION, or not at all ------------------------------------------------
 
 BROKEN = {
-    "data.sampler.permutation": (lambda key, n: permutation(key, n)[::-1], ["microbatches", "orders"]),
-    "data.transforms.uniform": (lambda key, n: uniform(key, n + 1)[1:], ["crops", "digests of training pictures", *TRAINING]),
+    "data.sampler.permutation": (lambda key, n: permutation(key, n)[::-1], ["microbatches", "orders", "views"]),
+    "data.transforms.uniform": (lambda key, n: uniform(key, n + 1)[1:], ["changes", "crops", "digests of training pictures", *TRAINING]),
     "data.transforms.AUGMENT": ("augmentation", ["digests of training pictures", *TRAINING]),
     "data.splits.DIGITS": ("figures", ["validation digits"]),
     "seed.seed_key": (lambda seed, *words: seed_key(-seed - 1, *words), ["CutMix", "either", "mixup", "seeds of initial weights", "seeds of microbatches"]),
