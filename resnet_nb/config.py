@@ -269,6 +269,22 @@ RECIPES = {
     ),
 }  # fmt: skip
 
+# %% ../nbs/00_config.ipynb #RECIPES_imagenet
+RECIPES |= {
+    "imagenet-16": Recipe(
+        dataset="imagenet", arch="resnet50", epochs=16, image_sizes=(160, 160, 160, 192), test_size=256, val_resize=8 / 7,
+        num_microbatches=8, microbatch_size=128, peak_lr=0.425, weight_decay=1e-4, schedule="linear", warmup_ratio=2 / 16, label_smoothing=0.1,
+    ),
+    "imagenet-35": Recipe(
+        dataset="imagenet", arch="resnet50", epochs=35, image_sizes=14 * (128,) + 18 * (224,) + 3 * (288,), val_resize=8 / 7,
+        num_microbatches=8, microbatch_size=128, peak_lr=0.425, weight_decay=1e-4, schedule="linear", warmup_ratio=5 / 35, label_smoothing=0.1,
+    ),
+    "imagenet-88": Recipe(
+        dataset="imagenet", arch="resnet50", epochs=88, image_sizes=9 * (160,) + 2 * (192,), test_size=256, val_resize=8 / 7,
+        num_microbatches=8, microbatch_size=128, peak_lr=0.425, weight_decay=1e-4, schedule="linear", warmup_ratio=2 / 88, label_smoothing=0.1,
+    ),
+}  # fmt: skip
+
 # %% ../nbs/00_config.ipynb #Hardware
 class Hardware(Strict):
     "Where a run takes place: one machine, `devices` processes, one device each. `plan.resolve` replaces every 'auto'."
@@ -327,6 +343,9 @@ ABOUT = {  # what a recipe is for, and the accuracy that a whole run of it has r
     "photos": ("pictures of your own, from nothing", "not measured"),
     "finetune": ("pictures of your own, from trained weights", "not measured"),
     "imagenet": ("a thousand classes", "not measured"),
+    "imagenet-16": ("the same, after FFCV", "not run"),
+    "imagenet-35": ("the same, after fast.ai", "not run"),
+    "imagenet-88": ("the same, after FFCV", "not run"),
 }
 
 

@@ -25,7 +25,7 @@ def torch_seed(seed: int, *words: str | int) -> int:  # 0 <= s < 2**63
     return seed_key(seed, *words) >> 65
 
 
-def digest(*words: str | int) -> int:  # int64
+def digest(*words: str | int | float | tuple) -> int:  # int64
     "A short fingerprint of `words`, for comparing what two runs did."
     return int.from_bytes(blake2b(repr(words).encode(), digest_size=8).digest(), "little", signed=True)
 

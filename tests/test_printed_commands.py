@@ -44,6 +44,7 @@ RUN = {
         " -p photos '' -p rounds 1 -p copies 5 -p files_per_class 1",
         "",
     ),
+    "papermill nbs/proofs/imagenet.ipynb runs/imagenet.ipynb -y 'images_per_second: {g5: 700}'": ("", ""),
     "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/bench_step.ipynb runs/bench_step.ipynb": (" -p turns 1 -p size 32", ""),
     "IMAGENETTE_DIR=/folder/of/imagenette papermill nbs/proofs/finetune.ipynb runs/finetune.ipynb -p seeds 2": (
         " -p seeds 1 -p few 40 -p epochs 6 -p epochs_before 6 -y 'image_sizes: [16]'",

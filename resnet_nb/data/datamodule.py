@@ -68,7 +68,7 @@ class KeyedImages(Dataset):
         for place, (pixels, crop) in zip(places, load_train(self.index, self.seed, keys, self.recipe, torch_resize)):
             place[:] = pixels
             crops.append(crop)
-        drawn = [(*crop, *draw_changes(self.seed, *key, self.recipe)) for key, crop in zip(keys, crops)]
+        drawn: list[tuple] = [(*crop, *draw_changes(self.seed, *key, self.recipe)) for key, crop in zip(keys, crops)]
         return *batch, torch.tensor([digest(*key, *numbers, target) for key, numbers, target in zip(keys, drawn, targets)])
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, ...]:
