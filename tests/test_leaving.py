@@ -1,20 +1,26 @@
 """How a run is left: a notebook that is closed, a kernel or a server that ends, a command that is interrupted, a terminal that is closed."""
 
+import fcntl
 import json
 import os
+import pty
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import termios
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import SMALL
 from jupyter_client import BlockingKernelClient
 
 from resnet_nb.run import launch
-from resnet_nb.run.folder import all_rows, create_run, is_locked, read_status, run_path
+from resnet_nb.run.folder import all_rows, create_run, is_locked, read_rows, read_status, run_path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -40,12 +46,17 @@ def steps(run_dir):
     return max((row["step"] for row in all_rows(run_dir) if row["event"] == "step"), default=0)
 
 
-def goes_on(run_dir):
-    """Whether the run trains some more steps, seconds after it was left."""
-    time.sleep(4)
+def steps_on(run_dir):
+    """Waits for another step of a run; whether there is one."""
     before = steps(run_dir)
-    wait_for(lambda: steps(run_dir) > before or not is_locked(run_dir), 30)
-    return steps(run_dir) > before and not (run_dir / "STOP").exists() and read_status(run_dir)["status"] == "running"
+    wait_for(lambda: steps(run_dir) > before or (before and not is_locked(run_dir)))
+    return steps(run_dir) > before
+
+
+def goes_on(run_dir):
+    """Whether the run trains on, seconds after it was left."""
+    time.sleep(4)
+    return steps_on(run_dir) and not (run_dir / "STOP").exists() and read_status(run_dir)["status"] == "running"
 
 
 def end(run_dir):
@@ -144,8 +155,7 @@ def test_a_kernel_or_server_that_ends_leaves_the_run_alone(server, long_run):
     }
     for way, act in ways.items():
         kernel, client = server.begin(long_run.name)
-        before = steps(long_run)
-        wait_for(lambda: steps(long_run) > before)
+        steps_on(long_run)
         act(kernel)
         assert goes_on(long_run), way
         client.stop_channels()
@@ -184,3 +194,184 @@ def test_plain_papermill_s_ctrl_c_leaves_the_run_alone_and_says_how_to_stop_it(l
     text, _ = command.communicate(timeout=60)
     assert command.returncode and f"resnet-nb stop {long_run.name} stops it" in text, text
     assert goes_on(long_run)
+
+
+def train(name, data, *more, epochs=900, **how):
+    """The command that trains a small run."""
+    wish = {"overrides": SMALL | {"accelerator": "cpu", "image_sizes": [16], "num_microbatches": 2, "epochs": epochs}}
+    words = [BIN / "resnet-nb", "train", name, "-p", "recipe", "digits", "-r", "data_dir", data, "-y", json.dumps(wish), *more]
+    return run_path(name), start(words, **how)
+
+
+def epochs_done(run_dir):
+    return len(read_rows(run_dir, "val"))
+
+
+def executed(run_dir):
+    """Marks, numbers and kinds of outputs of the cells of the run's notebook, by id."""
+    cells = json.loads((run_dir / "train.ipynb").read_text())["cells"]
+    return {
+        cell["id"]: (cell["metadata"]["papermill"]["status"], cell["execution_count"], [kind for out in cell["outputs"] for kind in out.get("data", {"text": 0})])
+        for cell in cells
+        if cell["cell_type"] == "code"
+    }  # fmt: skip
+
+
+def processes_of(run_dir, *words):
+    """Ids of living processes that name the run's folder and all of `words`."""
+    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [int(line.split()[0]) for line in found if str(run_dir) in line and all(word in line for word in words)]
+
+
+def kernel_of(command):
+    """The kernel that executes a command's notebook."""
+    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return next(int(line.split()[0]) for line in found if "ipykernel" in line and int(line.split()[1]) == command.pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_with_a_checkpoint_and_the_command_says_75(number, data, home):
+    run_dir, command = train(f"once-{number.name}", data)
+    wait_for(lambda: epochs_done(run_dir) >= 2)
+    os.kill(command.pid, number)
+    text, _ = command.communicate(timeout=60)
+    assert command.returncode == 75, text
+    assert "Traceback" not in text and "stopping: the run saves" in text and f"resnet-nb train {run_dir.name} goes on" in text, text
+    assert read_status(run_dir)["status"] == "stopped" and not processes_of(run_dir)
+    assert max(run_dir.glob("checkpoints/step-*")).name == f"step-{steps(run_dir):08d}"
+    told = executed(run_dir)
+    assert told["train"][0] == "failed" and told["provenance"][0] == "pending" and "image/png" in told["plot-run"][2]
+    assert "is stopped, after" in (run_dir / "train.ipynb").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_command_at_once_and_the_run_saves_by_itself(number, data, home):
+    run_dir, command = train(f"twice-{number.name}", data)
+    wait_for(lambda: steps(run_dir))
+    kernel, began = kernel_of(command), time.monotonic()
+    os.kill(command.pid, number)
+    time.sleep(0.3)
+    os.kill(command.pid, number)
+    text, _ = command.communicate(timeout=20)
+    assert command.returncode == 128 + number and time.monotonic() - began < 10, text
+    assert "Traceback" not in text and "ZMQ" not in text, text
+    wait_for(lambda: not is_locked(run_dir) and not Path(f"/proc/{kernel}").exists(), 60)
+    assert read_status(run_dir)["status"] == "stopped" and list(run_dir.glob("checkpoints/step-*"))
+
+
+def test_a_signal_before_the_run_begins_ends_all(data, home):
+    run_dir, command = train("early", data)
+    wait_for(lambda: (run_dir / "config.json").exists() and (run_dir / "train.ipynb").exists())
+    os.kill(command.pid, signal.SIGTERM)
+    text, _ = command.communicate(timeout=60)
+    assert command.returncode in (143, 75) and "Traceback" not in text, text  # 75 where it had begun
+    assert not is_locked(run_dir) and not processes_of(run_dir)
+
+
+def test_a_closed_terminal_leaves_the_run_alone_and_its_notebook_is_completed(data, home):
+    ours, theirs = pty.openpty()
+
+    def terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    run_dir, command = train("hung-up", data, epochs=12, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=terminal)
+    os.close(theirs)
+    wait_for(lambda: steps(run_dir))
+    os.close(ours)
+    wait_for(lambda: command.poll() is not None)
+    assert read_status(run_dir)["status"] == "completed"
+    assert {mark for mark, *_ in executed(run_dir).values()} == {"completed"} and "image/png" in executed(run_dir)["plot-run"][2]
+
+
+def test_detached_returns_when_the_run_has_begun_and_its_notebook_is_completed(data, home):
+    run_dir, command = train("detached", data, "--detach", epochs=12)
+    text, _ = command.communicate(timeout=120)
+    assert command.returncode == 0 and "resnet-nb follow detached shows it, resnet-nb stop detached stops it" in text, text
+    assert is_locked(run_dir) and epochs_done(run_dir) < 12
+    wait_for(lambda: (run_dir / "train.ipynb").exists() and executed(run_dir)["provenance"][0] == "completed")
+    assert read_status(run_dir)["status"] == "completed" and "image/png" in executed(run_dir)["plot-run"][2]
+    _, refused = train("detached-2", data / "none", "--detach")
+    assert refused.wait(60) == 2
+
+
+def test_a_killed_kernel_leaves_the_command_with_the_run_and_the_notebook_says_so(data, home):
+    run_dir, command = train("kernel-killed", data, epochs=12)
+    wait_for(lambda: epochs_done(run_dir))
+    os.kill(kernel_of(command), signal.SIGKILL)
+    text, _ = command.communicate(timeout=120)
+    assert command.returncode == 0 and "the run goes on; it is shown here" in text and "epoch  12/12" in text and "Traceback" not in text, (
+        text
+    )
+    told = executed(run_dir)
+    assert told["train"][0] == "failed" and told["plot-run"][:2] == ("pending", None) and "image/png" in told["plot-run"][2]
+    assert "is completed, after 12 of 12 epochs" in (run_dir / "train.ipynb").read_text()
+
+
+def test_after_a_killed_command_plot_mends_the_notebook_and_train_makes_it_anew(data, home):
+    run_dir, command = train("command-killed", data, epochs=12)
+    wait_for(lambda: epochs_done(run_dir))
+    command.kill()
+    command.communicate()
+    wait_for(lambda: not is_locked(run_dir))
+    assert read_status(run_dir)["status"] == "completed" and executed(run_dir)["train"][0] == "running"
+    done = subprocess.run([BIN / "resnet-nb", "plot", "command-killed"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    told = executed(run_dir)
+    assert told["train"][0] == "failed" and told["provenance"][0] == "pending" and "image/png" in told["plot-run"][2]
+    again = subprocess.run([BIN / "resnet-nb", "train", "command-killed"], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and {mark for mark, *_ in executed(run_dir).values()} == {"completed"}
+    assert len(read_status(run_dir)["attempts"]) == 1
+
+
+@pytest.mark.parametrize("hw", ["local", "cpu2"])
+def test_a_killed_supervisor_ends_no_training_and_the_next_command_mends_the_status(hw, make_config):
+    config = make_config(f"no-supervisor-{hw}", hw, image_sizes=[16], epochs=8)
+    run_dir = launch.start(config)
+    wait_for(lambda: steps(run_dir))
+    (supervisor,) = processes_of(run_dir, "resnet_nb.run.launch")
+    os.kill(supervisor, signal.SIGKILL)
+    assert steps_on(run_dir)
+    wait_for(lambda: not is_locked(run_dir))
+    written = run_dir / "run.json"
+    assert read_status(run_dir)["status"] == "completed" and json.loads(written.read_text())["status"] == "running"
+    launch.train(config)
+    status = json.loads(written.read_text())
+    assert (status["status"], [attempt["status"] for attempt in status["attempts"]]) == ("completed", ["completed"])
+
+
+def test_two_runs_of_one_second_have_two_names(data, home):
+    from datetime import datetime
+
+    from resnet_nb.config import Parameters
+    from resnet_nb.run.plan import resolve
+
+    names = {resolve(Parameters(recipe="digits", data_dir=str(data)), datetime(2026, 1, 1)).name for _ in range(3)}
+    assert len(names) == 3
+
+
+def test_another_user_s_run_is_shown_and_nothing_in_its_folder_changes(one):
+    place = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        run_dir = Path(shutil.copytree(one, place / "runs" / "theirs", ignore=shutil.ignore_patterns("checkpoints")))
+        status = json.loads((run_dir / "run.json").read_text())
+        (run_dir / "run.json").write_text(json.dumps(status | {"status": "running"}))  # something that could be mended
+        (run_dir / "train.ipynb").write_text("{")
+        (mine := place / "mine").mkdir()
+        root = os.geteuid() == 0
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755 if path.is_dir() and root else 0o555 if path.is_dir() else 0o444)
+        mine.chmod(0o777)
+        environment = os.environ | {"RESNET_NB_HOME": str(place), "HOME": str(mine), "MPLCONFIGDIR": str(mine)}
+        before = {path: path.stat().st_mtime_ns for path in (run_dir, *run_dir.rglob("*"))}
+        for words, says in ((["runs"], "theirs"), (["follow", "theirs"], "epoch   3/3"), (["plot", "theirs"], "theirs-curves.png")):
+            done = subprocess.run(
+                [BIN / "resnet-nb", *words], cwd=mine, env=environment, capture_output=True, text=True, timeout=60, **({"user": 65534, "group": 65534} if root else {})
+            )  # fmt: skip
+            assert done.returncode == 0 and says in done.stdout, done.stdout + done.stderr
+        assert before == {path: path.stat().st_mtime_ns for path in (run_dir, *run_dir.rglob("*"))}
+        assert (mine / "theirs-curves.png").stat().st_size
+    finally:
+        for path in (place, *place.rglob("*")):
+            if path.is_dir():
+                path.chmod(0o755)
+        shutil.rmtree(place)

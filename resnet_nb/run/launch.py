@@ -207,7 +207,9 @@ def stop(run_dir: Path) -> None:
         if is_locked(run_dir):
             (run_dir / "STOP").touch()
     except OSError as error:
-        raise ValueError(f"run {run_dir.name!r} can't be asked to stop: {error.strerror or error}; only who may write its folder can do that") from None
+        raise ValueError(
+            f"run {run_dir.name!r} can't be asked to stop: {error.strerror or error}; only who may write its folder can do that"
+        ) from None
 
 # %% ../../nbs/run/06_launch.ipynb #new_rows
 def _new_rows(run_dir: Path) -> Iterator[list[dict]]:
