@@ -183,9 +183,9 @@ def plot_run(run_dir: str | Path) -> Figure:
     return fig
 
 
-def save_plot(run_dir: str | Path) -> Path:
-    "Write the curves of a run to curves.png in its folder; returns the path."
-    path = Path(run_dir) / "curves.png"
+def save_plot(run_dir: str | Path, path: Path | None = None) -> Path:
+    "Write the curves of a run to `path`, else to curves.png in its folder; returns the path."
+    path = path or Path(run_dir) / "curves.png"
     plot_run(run_dir).savefig(path, dpi=100, metadata={"Software": None})
     return path
 

@@ -6,7 +6,7 @@
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'first_difference', 'utc_now', 'run_path', 'load_config', 'run_identity',
            'make_run_dir', 'create_run', 'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'append_rows',
            'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note',
-           'read_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
+           'read_status', 'mend_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
@@ -238,6 +238,15 @@ def read_status(run_dir: Path) -> dict:
         gone = "its processes are gone without a word (killed, or the machine went down)"
         status |= {"status": word or "failed", "reason": reason if word else gone}
     return status
+
+
+def mend_status(run_dir: Path) -> None:
+    "Write into run.json how a run ended whose supervisor could not write it, as it was killed. Where the run is alive, nothing is done."
+    written, status = read_json(run_dir / "run.json"), read_status(run_dir)
+    if written.get("status") == "running" != status["status"] and (lock := _try_lock(run_dir / "lock")):
+        ending = {name: status[name] for name in ("status", "reason")}
+        with lock:
+            write_status(run_dir, **ending, attempts=[*status["attempts"][:-1], *(last | ending for last in status["attempts"][-1:])])
 
 
 def write_status(run_dir: Path, **changes) -> None:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'CODES', 'command', 'stray_variables', 'first_error', 'error_kind', 'supervise',
            'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'Progress', 'failed',
-           'Told', 'follow', 'train', 'run_names', 'describe_run']
+           'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train', 'run_names', 'describe_run']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
+import contextlib
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import RunConfig
 from ..data.sampler import steps_per_epoch
@@ -32,6 +34,7 @@ from resnet_nb.run.folder import (
     load_config,
     lock_run,
     make_run_dir,
+    mend_status,
     parse_rows,
     read_rows,
     read_status,
@@ -177,6 +180,7 @@ class RunStopped(RuntimeError):
 def start(config: RunConfig) -> Path:
     "Create the run's folder, or find it again, and start its processes; RunBusy where another writes it. Returns the folder."
     run_dir = make_run_dir(config.name)
+    mend_status(run_dir)
     with lock_run(run_dir) as lock:
         create_run(config)
         if read_status(run_dir)["status"] == "completed":
@@ -198,9 +202,14 @@ def is_running(run_dir: Path) -> bool:
 
 
 def stop(run_dir: Path) -> None:
-    "Ask a run to save and stop at the end of its step; nothing happens where none is running."
-    if is_locked(run_dir):
-        (run_dir / "STOP").touch()
+    "Ask a run to save and stop at the end of its step; nothing happens where none is running. ValueError where that can't be asked."
+    try:
+        if is_locked(run_dir):
+            (run_dir / "STOP").touch()
+    except OSError as error:
+        raise ValueError(
+            f"run {run_dir.name!r} can't be asked to stop: {error.strerror or error}; only who may write its folder can do that"
+        ) from None
 
 # %% ../../nbs/run/06_launch.ipynb #new_rows
 def _new_rows(run_dir: Path) -> Iterator[list[dict]]:
@@ -332,62 +341,103 @@ class Told:
             self.line = now
 
 # %% ../../nbs/run/06_launch.ipynb #follow
-def follow(
+def observe(
     run_dir: Path,
     show: Callable[[str], None] = print,  # gets one line per epoch
     on_epoch: Callable[[], None] = lambda: None,  # called after new lines
     history: bool = True,  # begin with the epochs that are done
     on_progress: Callable[[str], None] = lambda text: None,  # gets how far it has come, about every second
 ) -> dict:
-    "Show a run until it ends, and return its status; RunFailed where it failed, KeyboardInterrupt after an interrupt stopped it."
-    config, new_rows, train, interrupted = load_config(run_dir), _new_rows(run_dir), {}, False
+    "Show a run until it ends, and return its status; RunFailed where it failed. An interrupt ends only the looking on."
+    config, new_rows, train = load_config(run_dir), _new_rows(run_dir), {}
     progress, told = Progress(run_dir), Told(show, on_progress)
     if not history:
         progress.see(next(new_rows))
     while True:
-        try:
-            running, news = is_locked(run_dir), False  # looked at before reading: what was written last is still read
-            progress.see(rows := next(new_rows))
-            for row in rows:
-                if row.get("note") == "start" and row["step"]:
-                    show(f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}")
-                if row["event"] == "epoch":
-                    train = row
-                if row["event"] == "val":
-                    show(epoch_line(config, train, row))
-                    news = True
-            if news:
-                on_epoch()
-            if not running:
-                break
-            told.tell(progress, news)
-            time.sleep(0.2)
-        except KeyboardInterrupt:
-            if interrupted:
-                raise
-            interrupted = True
-            stop(run_dir)
-            show("stopping: the run saves where it is; interrupt again to leave it alone with that")
+        running, news = is_locked(run_dir), False  # looked at before reading: what was written last is still read
+        progress.see(rows := next(new_rows))
+        for row in rows:
+            if row.get("note") == "start" and row["step"]:
+                show(f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}")
+            if row["event"] == "epoch":
+                train = row
+            if row["event"] == "val":
+                show(epoch_line(config, train, row))
+                news = True
+        if news:
+            on_epoch()
+        if not running:
+            break
+        told.tell(progress, news)
+        time.sleep(0.2)
     status = read_status(run_dir)
     if status["status"] == "failed":
         raise failed(run_dir, status)
     if status["status"] == "stopped":
         show(f"stopped ({status['reason']}); resnet-nb train {run_dir.name} goes on")
-    if interrupted:
-        raise KeyboardInterrupt
     return status
 
-# %% ../../nbs/run/06_launch.ipynb #train
-def train(config: RunConfig, show: Callable[[str], None] = print, on_epoch: Callable[[], None] = lambda: None, **how) -> Path:
-    "Start the run `config`, go on with it, or find it running; follow it to its end. Returns its folder; RunStopped where somebody stopped it."
+# %% ../../nbs/run/06_launch.ipynb #leave
+def kernel_ends(
+    shell: Any | None = None,  # of IPython; this process's own if not given
+    seconds: float = 2.0,  # that a request to end may take after its interrupt
+) -> bool:
+    "Whether an interrupt that came just now belongs to an end of this kernel; False where this is no kernel."
+    shell = shell or getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if not hasattr(shell, "kernel"):  # a terminal
+        return False
+    deadline = time.monotonic() + seconds
+    while not shell.exit_now and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return shell.exit_now
+
+
+def leave(run_dir: Path, show: Callable[[str], None] = print) -> None:
+    """What an interrupt does to a run that is followed here: a person's stops it, and its end is waited for; an end of the kernel leaves it alone.
+
+    Another interrupt ends the waiting at once; the run saves and stops all the same."""
+    if not is_locked(run_dir):
+        return
+    show("interrupted: the run is asked to save and stop; interrupt again to leave at once")
     try:
-        run_dir = start(config)
-    except RunBusy:
-        run_dir = run_path(config.name)
-        if not is_running(run_dir) or run_identity(load_config(run_dir)) != run_identity(config):
-            raise
-        show(f"{config.name} is running already, started elsewhere; this follows it")
-    status = follow(run_dir, show, on_epoch, **how)
+        ends = kernel_ends()
+    except KeyboardInterrupt:  # only persons do that twice
+        stop(run_dir)
+        raise
+    if ends:
+        name = run_dir.name
+        said = f"it is the kernel that ends: run {name!r} goes on; resnet-nb follow {name} shows it, resnet-nb stop {name} stops it"
+        with contextlib.suppress(OSError):  # the terminal of who ends the kernel, and may read its cells no more
+            os.write(sys.stderr.fileno(), f"\n{said}\n".encode())
+        show(said)
+        return
+    stop(run_dir)
+    observe(run_dir, show, history=False)
+
+
+def follow(run_dir: Path, show: Callable[[str], None] = print, **how) -> dict:
+    "`observe` a run, with the same arguments; after an interrupt `leave` it, and raise KeyboardInterrupt."
+    try:
+        return observe(run_dir, show, **how)
+    except KeyboardInterrupt:
+        leave(run_dir, show)
+        raise
+
+# %% ../../nbs/run/06_launch.ipynb #train
+def train(config: RunConfig, show: Callable[[str], None] = print, **how) -> Path:
+    "Start the run `config`, go on with it, or find it running; `follow` it to its end. Returns its folder; RunStopped where somebody stopped it."
+    run_dir = run_path(config.name)
+    try:
+        try:
+            start(config)
+        except RunBusy:
+            if not is_running(run_dir) or run_identity(load_config(run_dir)) != run_identity(config):
+                raise
+            show(f"{config.name} is running already, started elsewhere; this follows it")
+        status = observe(run_dir, show, **how)
+    except KeyboardInterrupt:  # also while it was being started
+        leave(run_dir, show)
+        raise
     if status["status"] != "completed":
         raise RunStopped(f"run {config.name!r} was stopped before its end ({status['reason']}); resnet-nb train {config.name} goes on")
     return run_dir

@@ -30,7 +30,9 @@ class StopFlag:
     "Why this process should stop; empty while it should go on."
 
     def __init__(self, run_dir: Path):
-        self.stop_file, self.parent, self.reason = Path(run_dir) / "STOP", os.getppid(), ""
+        self.stop_file, self.reason = Path(run_dir) / "STOP", ""
+        # torchrun holds its ranks together; a supervisor only waits, and without it a single process trains on
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def listen(self) -> None:
         "Take over SIGINT and SIGTERM."
@@ -44,7 +46,7 @@ class StopFlag:
         "The reason to stop, if there is one."
         if not self.reason and is_global_zero and self.stop_file.exists():
             self.reason = "a STOP file"
-        if not self.reason and os.getppid() != self.parent:
+        if not self.reason and self.parent and os.getppid() != self.parent:
             self.reason = "the process that started this one is gone"
         return self.reason
 
