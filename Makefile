@@ -63,6 +63,8 @@ readme: setup  # write README.md from nbs/index.ipynb
 	cd nbs && ../$(BIN)/jupyter nbconvert --to markdown --log-level WARN --output-dir .. --output README \
 	  --NbConvertApp.output_files_dir=nbs/images --TagRemovePreprocessor.enabled=True \
 	  --TagRemovePreprocessor.remove_input_tags=hide-input index.ipynb
+	$(BIN)/python -c 'import pathlib, re; page = pathlib.Path("README.md"); links = re.compile(r"\]\((?!nbs/images/|[a-z]+:|#)([^)]+)\)"); \
+	  page.write_text(links.sub(lambda link: "](" + f"nbs/{link[1]}".replace("nbs/../", "") + ")", page.read_text("utf-8")), "utf-8")'  # README lies elsewhere
 
 sync: setup  # make all that is generated anew: is what the notebooks say what is committed?
 	find resnet_nb -name '*.py' -delete

@@ -54,10 +54,10 @@ def test_settings_keep_tags_and_clean_the_rest():
     assert [SETTINGS[name] for name in names.split()] == ["tags", "papermill", "True", "False", "notest", "True", "True"]
 
 
-ROOMS = [{"cli"}, {"results"}, {"run"}, {"learn", "data"}, {"config", "seed", "schedule", "files"}]  # each imports only later ones
+ROOMS = [{"cli"}, {"results"}, {"run"}, {"learn", "data"}, {"config", "seed", "schedule", "files", "bars"}]  # each imports only later ones
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
 KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[-1]
-KERNEL_SIDE |= {"run.folder", "run.checkpoints", "run.plan", "run.launch", "results.plots", "results.compare"}
+KERNEL_SIDE |= {"run.folder", "run.checkpoints", "run.plan", "run.launch", "results.plots", "results.compare", "results.live"}
 HEAVY = {"torch", "torchvision", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning", "tensorboard", "papermill"}
 
 
@@ -186,17 +186,37 @@ def test_notebooks_have_no_faults():
     assert faults(book(tagged | {"id": "parameters"}, data={"image/png": "/tmp/0x7f3a", "text/plain": "runs/a, 10x, 2/3"})) == {}
 
 
-def test_relative_links_lead_to_files():
-    def dead(name: str, text: str) -> list[str]:
-        folder = ROOT if name == "nbs/index.ipynb" else (ROOT / name).parent  # the index becomes README.md, and links from there
-        links = map("".join, re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=[\"']([^\"']+)", text))
-        return [link for link in links if not re.match(r"\w+:|#", link) and not (folder / link.split("#")[0]).exists()]
+def headings(text: str) -> set[str]:
+    "What may stand behind '#' in a link to a page of this text: the names of headings that are the same on GitHub and in JupyterLab."
+    found = re.findall(r"^#+ +(.*?) *$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", name.lower()).replace(" ", "-") for name in found} & {name.replace(" ", "-") for name in found}
 
+
+def dead_links(name: str, pages: dict[str, str]) -> list[str]:
+    "Relative links and pictures of a page that lead nowhere on GitHub or in JupyterLab, which opens no folders and has the project as its root."
+
+    def leads(link: str) -> bool:
+        path, _, heading = link.partition("#")
+        place = Path(os.path.normpath((ROOT / name).parent / path)) if path else ROOT / name
+        there = place.is_file() or (place.exists() and name.endswith(".md"))
+        return (
+            there and place.is_relative_to(ROOT) and (not heading or heading in headings(pages.get(place.relative_to(ROOT).as_posix(), "")))
+        )
+
+    links = map("".join, re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=[\"']([^\"']+)", pages[name]))
+    return [link for link in links if not re.match(r"\w+:", link) and not leads(link)]
+
+
+def test_links_and_pictures_lead_somewhere_on_github_and_in_jupyterlab():
     pages = {name: text for name, text in TEXTS.items() if name.endswith(".md")}
     pages |= {name: "\n".join(sources(notebook, kind="markdown").values()) for name, notebook in NOTEBOOKS.items()}
-    assert {name: found for name, text in pages.items() if (found := dead(name, text))} == {}
-    assert dead("a.md", '![a](b.md) <img src="c.png"> [d](nbs/index.ipynb#e) [f](https://g.h/i) [j](#k)') == ["b.md", "c.png"]
-    assert dead("nbs/a.ipynb", "[a](nbs/index.ipynb) [b](index.ipynb)") == ["nbs/index.ipynb"]
+    assert {name: found for name in pages if (found := dead_links(name, pages))} == {}
+    assert sum(len(re.findall(r"\]\((?!\w+:)", text)) for text in pages.values()) > 30
+    text = '![a](b.md) <img src="c.png"> [d](nbs/index.ipynb#e) [f](https://g.h/i) [j](#k) [l](#m) [n](nbs)\n# k\n# Not only small'
+    pages = {"README.md": text, "nbs/a.ipynb": "[a](nbs/index.ipynb) [b](index.ipynb) [c](run) [d](../../lab) [e](../README.md#k)"}
+    assert dead_links("README.md", pages) == ["b.md", "c.png", "nbs/index.ipynb#e", "#m"]
+    assert dead_links("nbs/a.ipynb", pages) == ["nbs/index.ipynb", "run", "../../lab"]
+    assert headings("# k\n## Not only small\n### one two") == {"k", "one-two"}
 
 
 def test_sources_have_no_unfinished_notes():

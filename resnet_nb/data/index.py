@@ -331,14 +331,15 @@ def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
     return None
 
 # %% ../../nbs/data/00_index.ipynb #in_parallel
-def in_parallel(function: Callable, items: Sequence, what: str, threads: bool = False) -> Iterator:
-    "`function` of each of `items`, in order: by 16 threads, or by one process per core. Threads and processes end when it has been asked to its end."
-    from joblib import Parallel, delayed  # only here: data workers import this module, too, and don't need it
-    from tqdm import tqdm
+def in_parallel(function: Callable, items: Sequence, what: str = "", threads: bool = False) -> Iterator:
+    """`function` of each of `items`, in order, by 16 threads, or by one process per core; with a bar that says `what` it is about.
+
+    Threads and processes end when it has been asked to its end."""
+    # only here: data workers import this module, too, and don't need them
+    from joblib import Parallel, delayed
+    from resnet_nb.bars import progress
 
     # idle processes end after 1 s; joblib's 300 s would keep the end of a program waiting for them
     how = {"n_jobs": 16, "prefer": "threads"} if threads else {"n_jobs": -1, "idle_worker_timeout": 1}
-    # no thread of its own: data workers are forked later, and a fork with threads may wait forever for their locks
-    tqdm.monitor_interval = 0
     results = Parallel(**how, return_as="generator")(delayed(function)(item) for item in items)
-    return iter(tqdm(results, desc=what, total=len(items), disable=None, leave=False))  # None: no bar where nobody watches
+    return iter(progress(what, len(items), iterable=results) if what else results)

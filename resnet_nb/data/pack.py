@@ -15,11 +15,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 from PIL import Image
 
+from ..bars import progress
 from .formats import PACK_VERSION, damaged_parts, list_pack
 from .index import BadPicture, Index, fingerprint, in_parallel
 from .splits import BAD, load_data
@@ -69,8 +71,10 @@ def _shrink_some(index: Index, which: list[int], short_side: int, quality: int, 
     return files
 
 
-def write_part(index: Index, first: int, last: int, path: Path, short_side: int, quality: int, raw: bool = False) -> dict:
-    "Write pictures `first` to `last` - 1, in the order of reading, to `path`; its size in bytes and its sha256; BadPicture names a bad one."
+def write_part(index: Index, first: int, last: int, path: Path, short_side: int, quality: int, raw: bool = False, bar: Any = None) -> dict:
+    """Write pictures `first` to `last` - 1, in the order of reading, to `path`, and move `bar`; BadPicture names a bad one.
+
+    Returns its size in bytes and its sha256."""
     import pyarrow as pa
 
     in_text = all(key.encode(errors="ignore").decode() == key for key in index.classes)  # else bytes, as the file system has them
@@ -79,11 +83,13 @@ def write_part(index: Index, first: int, last: int, path: Path, short_side: int,
     chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            shrunk = in_parallel(lambda chunk: _shrink_some(index, chunk, short_side, quality, raw), chunks, path.name)
+            shrunk = in_parallel(lambda chunk: _shrink_some(index, chunk, short_side, quality, raw), chunks)
             for rows, files in zip(chunks, shrunk, strict=True):
                 keys = [index.classes[index.labels[i]] for i in rows]
                 columns = [keys if in_text else [*map(os.fsencode, keys)], [index.name(i) for i in rows], files]
                 writer.write_batch(pa.record_batch(columns, schema=schema))
+                if bar:
+                    bar.update(len(rows))
                 hashes += [hashlib.blake2b(file).digest() for file in files]
         data = np.memmap(partial, np.uint8, "r")
         _, _, sizes, offsets = list_pack(str(partial))
@@ -150,21 +156,25 @@ def _write_pack(
     "Write the parts that are missing; ValueError where the disk does not take one."
     plan, path = _plan(train, val, short_side, quality, drawn, raw), dst / "pack.json"
     about = _begin(dst, plan)
-    for split, index in (("train", train), ("val", val)):
-        for number, name in enumerate(plan["splits"][split]["files"]):
-            if name in about["parts"]:
-                continue
+    missing = [
+        (index, number * PER_FILE, min((number + 1) * PER_FILE, len(index)), name)
+        for split, index in (("train", train), ("val", val))
+        for number, name in enumerate(plan["splits"][split]["files"])
+        if name not in about["parts"]
+    ]
+    with progress("pack", sum(last - first for _, first, last, _ in missing), unit=" pictures") as bar:
+        for index, first, last, name in missing:
             about["finished"] = False
             write_json(path, about)
-            first, last = number * PER_FILE, min((number + 1) * PER_FILE, len(index))
             try:
-                about["parts"][name] = write_part(index, first, last, dst / name, short_side, quality, raw)
+                about["parts"][name] = write_part(index, first, last, dst / name, short_side, quality, raw, bar)
             except OSError as error:
                 full = "the disk is full" if error.errno == errno.ENOSPC else str(error)
                 raise ValueError(
                     f"{str(dst / name)!r} can't be written: {full}; {len(about['parts'])} parts are done, the same command goes on with the next"
                 ) from None
             write_json(path, about)
+            bar.clear()  # the line of a terminal
             show(f"{name}: {last - first:,} pictures, {about['parts'][name]['bytes'] / 1e6:,.1f} MB")
     if not about["finished"]:
         about["finished"] = True

@@ -40,7 +40,7 @@ def _draw_lr_plan(ax, recipe: Recipe, per_epoch: int) -> None:
 def _draw_sizes(ax, epochs, sizes, **style) -> None:
     ax.step([*epochs, epochs[-1] + 1], [*sizes, sizes[-1]], where="post", **style)
     ax.set_ylabel("image size, px")
-    ax.set_yticks(sorted(set(sizes)))
+    ax.set_yticks(sorted({*sizes, *ax.get_yticks()} if ax.lines[1:] else {*sizes}))  # those of the plan stay
 
 
 def _draw_size_plan(ax, recipe: Recipe, **style) -> None:
@@ -130,12 +130,24 @@ def _loss_limits(train: list[float], val: list[float]) -> tuple[float, float]:
     return 0.0, 1.1 * max(highest(train), min(highest(val), 2 * highest(train)))
 
 
-def _draw_losses(ax, at_step: list[float], steps: list[dict], train: list[dict], val: list[dict], marker: dict, bce: bool) -> None:
+def _harder(recipe: Recipe) -> str:
+    "Why training loss may stay above validation loss."
+    why = {
+        "smoothed labels": recipe.label_smoothing,
+        "mixup": recipe.mixup_alpha,
+        "CutMix": recipe.cutmix_alpha,
+        "class weights": recipe.class_weights != "none",
+    }
+    said = ", ".join(name for name, there in why.items() if there)
+    return f" (with {said})" if said else ""
+
+
+def _draw_losses(ax, recipe: Recipe, at_step: list[float], steps: list[dict], train: list[dict], val: list[dict], marker: dict) -> None:
     ends, losses = [row["epoch"] + 1 for row in train], [_numbers(train, "train/loss"), _numbers(val, "val/loss")]
     ax.plot(at_step, _numbers(steps, "train/step_loss"), color=TRAIN, lw=0.5, alpha=0.35, label="train, each step")
-    ax.plot(ends, losses[0], color=TRAIN, label="train, epoch mean", **marker)
-    ax.plot(ends, losses[1], color=VAL, label="validation", **marker)
-    if bce:  # a mean over classes, beside cross-entropy
+    ax.plot(ends, losses[0], color=TRAIN, label=f"train, epoch mean{_harder(recipe)}", **marker)
+    ax.plot(ends, losses[1], color=VAL, label="validation" + " (without)" * bool(_harder(recipe)), **marker)
+    if recipe.loss == "bce":  # a mean over classes, beside cross-entropy
         ax.set(ylabel="training: bce, nats\nvalidation: cross-entropy", yscale="log")
     else:
         ax.set(ylabel="cross-entropy, nats", ylim=_loss_limits(*losses))
@@ -163,7 +175,7 @@ def plot_run(run_dir: str | Path) -> Figure:
     _draw_lr_plan(lr, r, per_epoch)
     lr.plot(at_step, [row["train/learning_rate"] for row in steps], color=LOGGED, lw=1.2, label="logged")
     marker = {"marker": "o", "ms": 3} if r.epochs <= 30 else {}
-    _draw_losses(loss, at_step, steps, train, val, marker, r.loss == "bce")
+    _draw_losses(loss, r, at_step, steps, train, val, marker)
     _draw_accuracies(acc, train, val, marker)
     _draw_size_plan(size, r, label="planned")
     seen = sorted({row["epoch"]: row["image_size"] for row in steps}.items())

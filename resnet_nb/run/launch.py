@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'CODES', 'command', 'stray_variables', 'first_error', 'error_kind', 'supervise',
-           'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'Progress', 'failed',
-           'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train', 'run_names', 'describe_run']
+           'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'pixels', 'Progress',
+           'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train', 'run_names', 'describe_run', 'twins',
+           'twin_line']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
 import contextlib
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig
+from ..config import Recipe, RunConfig
 from ..data.sampler import steps_per_epoch
 from ..files import read_json
 from resnet_nb.run.folder import (
@@ -231,7 +232,7 @@ def epoch_line(config: RunConfig, train: dict, val: dict) -> str:
     "One line about one epoch, from its rows."
     percent = lambda value: f"{value:7.2%}"
     loss = lambda value: "nan" if value is None else f"{value:.4f}"
-    speed = f"{train['seconds']:6.1f} s, {train['pictures_per_second']:,.0f} pictures/s, {train['data_wait']:.0%} waiting for data"
+    speed = f"{train['seconds']:.1f} s, {train['pictures_per_second']:,.0f} pictures/s, {train['data_wait']:.0%} data wait"
     return (
         f"epoch {train['epoch'] + 1:>3}/{config.recipe.epochs} | train loss {loss(train['train/loss'])} acc {percent(train['train/acc'])}"
         f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}"
@@ -246,6 +247,14 @@ def duration(seconds: float) -> str:
     if minutes < 120:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+# %% ../../nbs/run/06_launch.ipynb #pixels
+def pixels(recipe: Recipe, per_epoch: int, step: int) -> int:
+    "Of all steps before `step`, in units that are the same for all."
+    parts = size_plan(recipe)
+    ends = [first for first, _ in parts[1:]] + [recipe.epochs]
+    within = lambda first, end: min(step, end * per_epoch) - min(step, first * per_epoch)
+    return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
 # %% ../../nbs/run/06_launch.ipynb #Progress
 class Progress:
@@ -268,12 +277,12 @@ class Progress:
         if self.since is None and any(row["event"] == "step" for row in rows):
             self.since = self.clock(), self.step
 
-    def pixels(self, step: int) -> int:
-        "Of all steps before `step`, in units that are the same for all."
-        parts = size_plan(self.recipe)
-        ends = [first for first, _ in parts[1:]] + [self.recipe.epochs]
-        within = lambda first, end: min(step, end * self.per_epoch) - min(step, first * self.per_epoch)
-        return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
+    @property
+    def share(self) -> float:
+        "Of the epoch, how much is done; 1 where all steps are."
+        if not self.per_epoch:
+            return 0.0
+        return 1.0 if self.step == self.recipe.epochs * self.per_epoch else self.step / self.per_epoch % 1
 
     def __str__(self) -> str:
         if not self.per_epoch:
@@ -283,11 +292,12 @@ class Progress:
         epoch, into = divmod(self.step, self.per_epoch)
         if epoch == self.recipe.epochs:
             return "all steps are done"
+        work = functools.partial(pixels, self.recipe, self.per_epoch)
         said, (since, first) = f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}", self.since
-        seconds, done = self.clock() - since, self.pixels(self.step) - self.pixels(first)
+        seconds, done = self.clock() - since, work(self.step) - work(first)
         if not done or not seconds:
             return said
-        left = [seconds / done * (self.pixels(end * self.per_epoch) - self.pixels(self.step)) for end in (epoch + 1, self.recipe.epochs)]
+        left = [seconds / done * (work(end * self.per_epoch) - work(self.step)) for end in (epoch + 1, self.recipe.epochs)]
         speed = (self.step - first) * self.recipe.global_batch_size / seconds
         return f"{said}, {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
 
@@ -307,6 +317,9 @@ def failed(run_dir: Path, status: dict) -> "RunFailed":
     "The error that says how a run failed, with the exit code that belongs to it."
     error = RunFailed(_failure(run_dir, status))
     error.code = CODES.get(error_kind(run_dir, len(status["attempts"])), error.code)
+    said = f"RunFailed: {str(error).partition(chr(10))[0]}"
+    where = "" if "traceback: " in said else f" (traceback: {run_dir / 'logs'})"
+    error._render_traceback_ = lambda: [said + where]  # type: ignore  # in a notebook; the message itself has the traceback, too
     return error
 
 
@@ -324,7 +337,7 @@ class Told:
 
     QUIET = 60.0  # s without a line, and 1/200 of the time that a run takes; half of it before the first line
 
-    def __init__(self, show: Callable[[str], None], on_progress: Callable[[str], None]):
+    def __init__(self, show: Callable[[str], None], on_progress: Callable[[Progress], None]):
         self.show, self.on_progress = show, on_progress
         self.began = self.line = self.look = time.monotonic()
 
@@ -332,7 +345,7 @@ class Told:
         "Tell how far it has come, unless `news` were told or it was told a moment ago."
         now = time.monotonic()
         if now - self.look >= 1:
-            self.on_progress(str(progress))
+            self.on_progress(progress)
             self.look = now
         quiet = self.QUIET / 2 if self.line == self.began else max(self.QUIET, (now - self.began) / 200)
         if news or now - self.line >= quiet:
@@ -346,7 +359,7 @@ def observe(
     show: Callable[[str], None] = print,  # gets one line per epoch
     on_epoch: Callable[[], None] = lambda: None,  # called after new lines
     history: bool = True,  # begin with the epochs that are done
-    on_progress: Callable[[str], None] = lambda text: None,  # gets how far it has come, about every second
+    on_progress: Callable[[Progress], None] = lambda progress: None,  # gets how far it has come, about every second
 ) -> dict:
     "Show a run until it ends, and return its status; RunFailed where it failed. An interrupt ends only the looking on."
     config, new_rows, train = load_config(run_dir), _new_rows(run_dir), {}
@@ -464,3 +477,23 @@ def describe_run(name: str) -> dict:
         "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs, "best": best.get("val/acc"),
         "last": last.get("val/acc"), "recipe": config.recipe_name, "hw": config.hw, "problem": status["reason"],
     }  # fmt: skip
+
+# %% ../../nbs/run/06_launch.ipynb #twins
+def twins(config: RunConfig) -> list[dict]:
+    "Other runs of this recipe, seed and data that are under way, or have stopped and can go on, as `describe_run` has them; the newest first."
+    found = []
+    for name in run_names():
+        run_dir = run_path(name)
+        about = describe_run(name)
+        begun = about["status"] == "running" or about["status"] in ("stopped", "failed") and any((run_dir / "checkpoints").glob("step-*"))
+        if name != config.name and begun:
+            other = load_config(run_dir)
+            if other.data_dir == config.data_dir and run_identity(other) == run_identity(config):
+                found.append(about)
+    return found
+
+
+def twin_line(run: dict) -> str:
+    "What to tell of one of them."
+    word, far = {"running": "is under way"}.get(run["status"], f"has {run['status']}"), f"{run['epoch']} of {run['epochs']} epochs are done"
+    return f"run {run['name']!r} of the same recipe, seed and data {word}, {far}"

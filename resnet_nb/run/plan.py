@@ -15,7 +15,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ..config import HARDWARE, Hardware, Model, Numerics, Parameters, Recipe, RunConfig, checked, nearest, read_recipe
+from resnet_nb.config import (
+    HARDWARE,
+    RECIPES,
+    Hardware,
+    Model,
+    Numerics,
+    Parameters,
+    Recipe,
+    RunConfig,
+    checked,
+    nearest,
+    one_sentence,
+    parameter_hint,
+    read_recipe,
+)
 from ..data.index import Index
 from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
@@ -87,6 +101,7 @@ def _assigned(source: str) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
+@one_sentence
 def read_parameters(namespace: dict[str, Any]) -> Parameters:
     """The parameters among a notebook's names; raises ValueError for a plain value under any other name,
     and whenever the cell that was run with them has one."""
@@ -96,12 +111,12 @@ def read_parameters(namespace: dict[str, Any]) -> Parameters:
     namespace["_parameters_are_read"] = True
     for name, value in namespace.items() if first else ():
         if isinstance(value, plain) and name not in names and name not in ("In", "Out") and not name.startswith("_"):
-            raise ValueError(f"unknown parameter {name!r}; {nearest(name, names)}")
+            raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
     cells = (_assigned(source) for source in reversed(namespace.get("In", [])))
     for name in sorted(
         next((cell for cell in cells if cell & names.keys()), set()) - names.keys()
     ):  # the cell of parameters as it ran last
-        raise ValueError(f"unknown parameter {name!r}; {nearest(name, names)}")
+        raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
     given = {name: namespace[name] for name in names if name in namespace}
     for name in ("hw", "recipe", "name", "data_dir"):
         if not isinstance(given.get(name, ""), str):
@@ -154,6 +169,12 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
 def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
     "The run, resolved, as rows for a table: what is learned, from what, where."
     r, h = config.recipe, config.hardware
+    many = lambda count, what: f"{count:,} {what}{'s' * (count != 1)}"
+    usual = {
+        **(RECIPES[config.recipe_name] if config.recipe_name in RECIPES else r).model_dump(mode="json"),
+        **HARDWARE[config.hw].model_dump(mode="json"),
+    }
+    changed = {name: value for name, value in config.parameters.overrides.items() if usual.get(name) != value}
     per_epoch = steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size)
     share = f"{config.microbatches_per_rank} per rank"
     views = f"; {r.repeated_augmentation} views of each picture" * (r.repeated_augmentation > 1)
@@ -162,16 +183,18 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
         "run": f"{config.name}, seed {config.seed}, numerics {config.numerics}",
         "data": f"{len(train):,} training and {len(val):,} validation pictures of {len(train.classes):,} classes",
         **({"found": train.said} if train.said else {}),
-        "network": f"{r.arch}{' with ' * bool(r.arch_args)}{', '.join(f'{k} {v}' for k, v in r.arch_args.items())}{start}{',' * (not r.freeze_epochs)} {r.epochs} epochs of {per_epoch:,} steps, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
+        "network": f"{r.arch}{' with ' * bool(r.arch_args)}{', '.join(f'{k} {v}' for k, v in r.arch_args.items())}{start}{',' * (not r.freeze_epochs)} {many(r.epochs, 'epoch')} of {many(per_epoch, 'step')}, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
         "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatches of at most {r.microbatch_size}, {share}{views}",
         "optimizer": f"{r.optimizer}, {r.schedule}, peak learning rate {r.peak_lr:g}, weight decay {r.weight_decay:g}",
-        "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}{', compiled' * h.compile}, {h.num_workers} data worker{'s' * (h.num_workers != 1)} per rank",
+        "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}{', compiled' * h.compile}, {many(h.num_workers, 'data worker')} per rank",
+        **({"changed": ", ".join(f"{name} {value}" for name, value in changed.items())} if changed else {}),
     }
 
 # %% ../../nbs/run/05_plan.ipynb #open_run
 WRITTEN_RUN = "RESNET_NB_RUN"  # in a kernel's environment: the name of the run that was written for it
 
 
+@one_sentence
 def open_run(parameters: Parameters) -> tuple[RunConfig, Index, Index]:
     "The run that `parameters` ask for, and the indexes of its data: as written by the command line for this kernel, else resolved and validated here."
     if name := os.environ.get(WRITTEN_RUN):
