@@ -91,7 +91,7 @@ def training(seed, recipe=RECIPE):
     """For each size all pictures in all epochs, as a data worker makes them, and their digests."""
     pictures = KeyedImages(INDEX, SimpleNamespace(seed=seed, recipe=recipe), train=True)
     for size in SIZES:
-        images, _, digests = pictures.__getitems__([SampleKey(epoch, i, size) for epoch in EPOCHS for i in range(len(FILES))])
+        images, _, digests, _ = pictures.__getitems__([SampleKey(epoch, i, size) for epoch in EPOCHS for i in range(len(FILES))])
         yield images, digests.tolist()
 
 
