@@ -265,13 +265,14 @@ def count_batches(checkpoint: dict, steps_per_epoch: int, microbatches_per_rank:
 
 # %% ../../nbs/learn/02_module.ipynb #LearningClassifier
 class LearningClassifier(EvaluatedClassifier):
-    "An EvaluatedClassifier, and what it learns by: optimizer, loss, the sum of its gradients, and what stays as it is."
+    "An EvaluatedClassifier, and what it learns by: optimizer, what is drawn, loss, the sum of its gradients, and what stays as it is."
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes)
-        weights = balanced(class_counts) if config.recipe.class_weights == "balanced" else None
-        self.register_buffer("class_weights", weights, persistent=False)
-        self.steps_per_epoch, self.frozen = steps_per_epoch, False
+        self.register_buffer(
+            "class_weights", balanced(class_counts) if config.recipe.class_weights == "balanced" else None, persistent=False
+        )
+        self.steps_per_epoch, self.frozen, self.mix = steps_per_epoch, False, mixing(config.recipe, num_classes)
         self.gradient_sum: GradientSum | None = None
 
     def configure_optimizers(self) -> dict:
@@ -297,6 +298,11 @@ class LearningClassifier(EvaluatedClassifier):
             if self.gradient_sum:
                 self.gradient_sum = self._gradient_sum(self.gradient_sum.seconds)
             rebuild_ddp(self.trainer.strategy)
+
+    def mixed(self, images: torch.Tensor, targets: torch.Tensor, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Images and targets as `microbatch` of `step` (from 0) learns them; what is drawn from here on belongs to it, too."
+        seed_draws(torch_seed(self.config.seed, MICROBATCH, step, microbatch), self.device)
+        return self.mix(images, targets)
 
     def loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # ()
         "Mean over the microbatch's pictures; with class weights not over what they weigh, which differs between microbatches."
@@ -369,15 +375,6 @@ class CompiledClassifier(JudgedClassifier):
 # %% ../../nbs/learn/02_module.ipynb #ResNetModule
 class ResNetModule(CompiledClassifier):
     "A CompiledClassifier, and how a run trains it: microbatch by microbatch, and from one checkpoint to the next."
-
-    def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
-        super().__init__(config, num_classes, steps_per_epoch, class_counts)
-        self.mix = mixing(config.recipe, num_classes)
-
-    def mixed(self, images: torch.Tensor, targets: torch.Tensor, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Images and targets as `microbatch` of `step` (from 0) learns them; what is drawn from here on belongs to it, too."
-        seed_draws(torch_seed(self.config.seed, MICROBATCH, step, microbatch), self.device)
-        return self.mix(images, targets)
 
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
         (images, targets, digests, content), each = batch, self.config.microbatches_per_rank
