@@ -265,14 +265,13 @@ def count_batches(checkpoint: dict, steps_per_epoch: int, microbatches_per_rank:
 
 # %% ../../nbs/learn/02_module.ipynb #LearningClassifier
 class LearningClassifier(EvaluatedClassifier):
-    "An EvaluatedClassifier, and what it learns by: optimizer, what is drawn, loss, the sum of its gradients, and what stays as it is."
+    "An EvaluatedClassifier, and what it learns by: optimizer, loss, the sum of its gradients, and what stays as it is."
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes)
-        self.register_buffer(
-            "class_weights", balanced(class_counts) if config.recipe.class_weights == "balanced" else None, persistent=False
-        )
-        self.steps_per_epoch, self.frozen, self.mix = steps_per_epoch, False, mixing(config.recipe, num_classes)
+        weights = balanced(class_counts) if config.recipe.class_weights == "balanced" else None
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.steps_per_epoch, self.frozen = steps_per_epoch, False
         self.gradient_sum: GradientSum | None = None
 
     def configure_optimizers(self) -> dict:
@@ -299,11 +298,6 @@ class LearningClassifier(EvaluatedClassifier):
                 self.gradient_sum = self._gradient_sum(self.gradient_sum.seconds)
             rebuild_ddp(self.trainer.strategy)
 
-    def mixed(self, images: torch.Tensor, targets: torch.Tensor, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Images and targets as `microbatch` of `step` (from 0) learns them; what is drawn from here on belongs to it, too."
-        seed_draws(torch_seed(self.config.seed, MICROBATCH, step, microbatch), self.device)
-        return self.mix(images, targets)
-
     def loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # ()
         "Mean over the microbatch's pictures; with class weights not over what they weigh, which differs between microbatches."
         smoothing = self.config.recipe.label_smoothing
@@ -313,14 +307,19 @@ class LearningClassifier(EvaluatedClassifier):
 
 # %% ../../nbs/learn/02_module.ipynb #JudgedClassifier
 class JudgedClassifier(LearningClassifier):
-    "A LearningClassifier with the sums of a step, which are looked at before they change a weight."
+    "A LearningClassifier with what a microbatch draws, and with the sums of a step, which are looked at before they change a weight."
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes, steps_per_epoch, class_counts)
-        self.step_sums = StepSums(self.network, config.recipe.num_microbatches)
+        self.step_sums, self.mix = StepSums(self.network, config.recipe.num_microbatches), mixing(config.recipe, num_classes)
         self._kept = self._broken = torch.zeros(
             ()
         )  # on a GPU: the weights before the last step whose loss was a number, or the first one where it was not
+
+    def mixed(self, images: torch.Tensor, targets: torch.Tensor, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Images and targets as `microbatch` of `step` (from 0) learns them; what is drawn from here on belongs to it, too."
+        seed_draws(torch_seed(self.config.seed, MICROBATCH, step, microbatch), self.device)
+        return self.mix(images, targets)
 
     @property
     def waits(self) -> bool:
