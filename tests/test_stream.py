@@ -6,6 +6,7 @@ unless STREAM_VERSION was raised. In pictures/ are gradients and noise, encoded 
 
 import io
 import json
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,7 +101,7 @@ def training(seed, recipe=RECIPE):
     """For each size all pictures in all epochs, as a data worker makes them, and their digests."""
     pictures = KeyedImages(INDEX, SimpleNamespace(seed=seed, recipe=recipe), train=True)
     for size in SIZES:
-        images, _, digests = pictures.__getitems__([SampleKey(epoch, i, size) for epoch in EPOCHS for i in range(len(FILES))])
+        images, _, digests, _ = pictures.__getitems__([SampleKey(epoch, i, size) for epoch in EPOCHS for i in range(len(FILES))])
         yield images, digests.tolist()
 
 
@@ -201,8 +202,9 @@ def test_training_seeds_a_microbatch_by_its_step_and_its_number_in_the_global_ba
 
     config = SimpleNamespace(microbatches_per_rank=2, seed=7)
     rank = SimpleNamespace(config=config, global_rank=1, global_step=5, device=torch.device("cpu"), mix=stop)
+    rank.mixed = partial(ResNetModule.mixed, rank)
     with pytest.raises(InterruptedError) as seeded:
-        ResNetModule.training_step(rank, (None, None, torch.zeros(2)), 9)  # the second of two microbatches of rank 1
+        ResNetModule.training_step(rank, (None, None, torch.zeros(2), torch.zeros(1)), 9)  # the second of two microbatches of rank 1
     assert seeded.value.args[0] == torch_seed(7, MICROBATCH, 5, 3) != torch_seed(7, MICROBATCH, 5, 1)
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'EpochSums', 'epoch_numbers', 'without_wait', 'StepSums', 'make_optimizer', 'mixing', 'balanced',
            'binary_cross_entropy', 'ImageClassifier', 'EvaluatedClassifier', 'seed_draws', 'count_batches',
-           'LearningClassifier', 'CompiledClassifier', 'ResNetModule']
+           'LearningClassifier', 'JudgedClassifier', 'CompiledClassifier', 'ResNetModule']
 
 # %% ../../nbs/learn/02_module.ipynb #imports
 import importlib
@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from ..config import Recipe, RunConfig
 from .network import RunningStats, build_model, freeze, param_groups, stages, start_from, timm_layers
-from .numerics import UNIT, GradientSum, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
+from .numerics import UNIT, GradientSum, NotANumber, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
 from ..schedule import is_frozen, lr_at, size_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
 
@@ -79,45 +79,54 @@ def epoch_numbers(total: torch.Tensor) -> dict[str, float]:
         numbers["f1"] = (2 * true[present] / (given + wanted)[present]).mean().item()  # macro: the mean over classes that occurred
     return numbers
 
-# %% ../../nbs/learn/02_module.ipynb #StepSums
+# %% ../../nbs/learn/02_module.ipynb #without_wait
 def without_wait(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     "A tensor of the CPU on `device`; on a GPU by way of pinned memory, so that nothing waits for what the GPU still has to do."
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-
+# %% ../../nbs/learn/02_module.ipynb #StepSums
 class StepSums:
-    "What one optimizer step adds up beside its gradients: losses, digests of what was read, and BatchNorm's statistics."
+    "What one optimizer step adds up beside its gradients: losses, digests of what was read and of what it held, and BatchNorm's statistics."
 
     def __init__(self, network: nn.Module, num_microbatches: int):
         self.num_microbatches, self.stats = num_microbatches, RunningStats(network)
-        self.losses, self.digest = [], 0  # of the step under way, on this rank
-        self.last = torch.zeros(3, dtype=torch.int64)  # of the last whole step, over all ranks: loss, losses not representable, digest
+        self.losses: list[torch.Tensor] = []
+        self.digests: tuple[int, ...] = (0, 0)  # of the step under way, on this rank: what was read, what its files held
+        # of the last whole step, over all ranks: statistics not held, loss, losses not representable, and both digests
+        self.last = torch.zeros(5, dtype=torch.int64)
+        self.unheld = torch.zeros(1, dtype=torch.int64)  # steps since `begin_epoch` whose statistics could not be held
+
+    def begin_epoch(self) -> None:
+        "Count from nothing again."
+        self.unheld = torch.zeros_like(self.unheld)
 
     def begin(self) -> None:
         "Before the forward pass of a microbatch."
         self.stats.begin()
 
-    def add(self, loss: torch.Tensor, digest: int) -> None:
-        "Take the loss of one microbatch, () float, and the digest of what was read for it."
+    def add(self, loss: torch.Tensor, *digests: int) -> None:
+        "Take the loss of one microbatch, () float, and the digests of what was read for it, and of what a picture's file held."
         self.losses.append(loss.detach())
         self.stats.add()
-        self.digest += digest
+        self.digests = tuple(map(sum, zip(self.digests, digests)))
 
     def close(self, all_sum) -> None:
         "End the step on every rank: one collective, and BatchNorm's running statistics move."
         losses = on_cpu_if_mps(torch.stack(self.losses).float())
         good = representable(losses)
-        seen = torch.tensor([(self.digest + 2**63) % 2**64 - 2**63])  # modulo 2**64, as integers wrap
+        seen = torch.tensor([(digest + 2**63) % 2**64 - 2**63 for digest in self.digests])  # modulo 2**64, as integers wrap
         step = torch.cat([to_fixed(losses.where(good, 0)).sum()[None], (~good).sum()[None], without_wait(seen, losses.device)])
         total = all_sum(torch.cat([self.stats.take().to(losses.device), step]))
-        self.stats.move(total[:-3], self.num_microbatches)
-        self.last, self.losses, self.digest = total[-3:], [], 0
+        self.stats.move(total[:-4], self.num_microbatches)
+        self.last, self.losses, self.digests = total[-5:], [], (0, 0)
+        self.unheld = self.unheld.to(total.device) + (self.last[:1] > 0)
 
     def read(self, sums: list[int]) -> dict:
-        "`last` as numbers: train/step_loss, the mean over microbatches, and digest, in hexadecimal."
-        loss, broken, seen = sums
+        "`last` as numbers: train/step_loss, the mean over microbatches; digest and content, in hexadecimal; stats_not_held, where there are any."
+        unheld, loss, broken, *seen = sums
         mean = float("nan") if broken else loss / UNIT / self.num_microbatches
-        return {"train/step_loss": mean, "digest": f"{seen % 2**64:016x}"}
+        digest, content = (f"{number % 2**64:016x}" for number in seen)
+        return {"train/step_loss": mean, "digest": digest, "content": content} | ({"stats_not_held": unheld} if unheld else {})
 
 # %% ../../nbs/learn/02_module.ipynb #make_optimizer
 def _of_timm(name: str):
@@ -308,16 +317,54 @@ class LearningClassifier(EvaluatedClassifier):
             return F.cross_entropy(logits, wanted, label_smoothing=smoothing)
         return F.cross_entropy(logits, wanted, self.class_weights, label_smoothing=smoothing, reduction="sum") / len(logits)
 
-# %% ../../nbs/learn/02_module.ipynb #CompiledClassifier
-class CompiledClassifier(LearningClassifier):
-    "A LearningClassifier with the sums of a step, whose network is compiled before the epoch that needs it, where the profile asks for that."
+# %% ../../nbs/learn/02_module.ipynb #JudgedClassifier
+class JudgedClassifier(LearningClassifier):
+    "A LearningClassifier with what a microbatch draws, and with the sums of a step, which are looked at before they change a weight."
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes, steps_per_epoch, class_counts)
-        self.step_sums = StepSums(self.network, config.recipe.num_microbatches)
+        self.step_sums, self.mix = StepSums(self.network, config.recipe.num_microbatches), mixing(config.recipe, num_classes)
+        self._kept = self._broken = torch.zeros(
+            ()
+        )  # on a GPU: the weights before the last step whose loss was a number, or the first one where it was not
+
+    def mixed(self, images: torch.Tensor, targets: torch.Tensor, step: int, microbatch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        "Images and targets as `microbatch` of `step` (from 0) learns them; what is drawn from here on belongs to it, too."
+        seed_draws(torch_seed(self.config.seed, MICROBATCH, step, microbatch), self.device)
+        return self.mix(images, targets)
+
+    @property
+    def waits(self) -> bool:
+        "Whether this step's sums can be read without waiting for a GPU."
+        return self.step_sums.last.device.type == "cpu"
+
+    def judge(self) -> None:
+        "After the sums of a step and before its update: NotANumber on all ranks where the loss is not one, at once or, on a GPU, later."
+        if self.waits and self.step_sums.last[2]:
+            raise NotANumber(self.global_step + 1)
+        if not self.waits and not self.gradient_sum:  # exact sums wait for a GPU, and raise by themselves
+            weights = torch.cat([p.detach().reshape(-1) for p in self.network.parameters()])
+            self._kept = torch.where(self._broken.to(weights) > 0, self._kept.to(weights), weights)
+            self._broken = self._broken.to(weights) + self.step_sums.last[2]
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        "Make the weights those from before the first step whose loss was not a number, where they have been kept."
+        if self._kept.dim():
+            parameters = list(self.network.parameters())
+            for parameter, part in zip(parameters, self._kept.split([p.numel() for p in parameters])):
+                parameter.copy_(part.view_as(parameter))
+
+# %% ../../nbs/learn/02_module.ipynb #CompiledClassifier
+class CompiledClassifier(JudgedClassifier):
+    "A JudgedClassifier whose network is compiled before the epoch that needs it, where the profile asks for that."
+
+    def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
+        super().__init__(config, num_classes, steps_per_epoch, class_counts)
         self.compiled: set[int] = set()  # px
 
     def on_train_epoch_start(self) -> None:
+        self.step_sums.begin_epoch()
         if self.config.hardware.compile and (size := size_at(self.config.recipe, self.current_epoch)) not in self.compiled:
             seconds = self._compile(size)
             rank_zero_only(print)(f"🔧 Compiled for {size} px in {seconds:.0f} s", flush=True)
@@ -339,19 +386,14 @@ class CompiledClassifier(LearningClassifier):
 class ResNetModule(CompiledClassifier):
     "A CompiledClassifier, and how a run trains it: microbatch by microbatch, and from one checkpoint to the next."
 
-    def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
-        super().__init__(config, num_classes, steps_per_epoch, class_counts)
-        self.mix = mixing(config.recipe, num_classes)
-
     def training_step(self, batch, batch_idx: int) -> torch.Tensor:
-        (images, targets, digests), each = batch, self.config.microbatches_per_rank
+        (images, targets, digests, content), each = batch, self.config.microbatches_per_rank
         microbatch = self.global_rank * each + batch_idx % each
-        seed_draws(torch_seed(self.config.seed, MICROBATCH, self.global_step, microbatch), self.device)
-        mixed, wanted = self.mix(images, targets)
+        mixed, wanted = self.mixed(images, targets, self.global_step, microbatch)
         self.step_sums.begin()
         logits = self(mixed)
         loss = self.loss(logits, wanted)
-        self.step_sums.add(loss, digest(microbatch, *digests.tolist()))
+        self.step_sums.add(loss, digest(microbatch, *digests.tolist()), int(content))
         self.train_sums.update(loss.detach() * len(targets), logits.detach(), targets)
         if self.trainer.is_last_batch:
             self.log_epoch("train", self.train_sums)
@@ -363,9 +405,10 @@ class ResNetModule(CompiledClassifier):
             self.gradient_sum.add()
 
     def on_before_optimizer_step(self, optimizer) -> None:
+        self.step_sums.close(self.all_sum)
+        self.judge()
         if self.gradient_sum:
             self.gradient_sum.write_mean(self.all_sum)
-        self.step_sums.close(self.all_sum)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)

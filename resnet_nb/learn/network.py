@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TIMM', 'FILES', 'PREFIX', 'AUXILIARY', 'GhostBatchNorm2d', 'GhostBatchNormAct2d', 'ghost_batchnorm',
            'plain_batchnorm', 'RunningStats', 'timm_layers', 'timm_problem', 'build_model', 'check_sizes',
-           'arch_problem', 'weights_file', 'read_weights', 'head_name', 'load_weights', 'start_from', 'weights_problem',
-           'freeze', 'stages', 'depth_of_modules', 'param_groups']
+           'arch_problem', 'step_size', 'weights_file', 'read_weights', 'head_name', 'load_weights', 'start_from',
+           'weights_problem', 'freeze', 'stages', 'depth_of_modules', 'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
 import fcntl
@@ -240,6 +240,18 @@ def arch_problem(arch: str, sizes: tuple[int, ...], dropout: float | None, arch_
         return ""
     except ValueError as error:
         return str(error)
+
+# %% ../../nbs/learn/01_network.ipynb #step_size
+def step_size(arch: str, size: int, arch_args: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:
+    "Numbers of parameters (for 1,000 classes), and bytes that are kept for the backward pass of a picture of `size` px, in 32 bits."
+    with torch.device("meta"):
+        network, images = build_model(arch, 1000, None, arch_args).train(), torch.empty(2, 3, size, size)
+    own = {tensor.untyped_storage()._cdata for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}  # held on to, so that no number is given twice
+    keep = lambda tensor: kept.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage()) and tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(images)
+    return sum(p.numel() for p in network.parameters()), sum(kept[number].nbytes() for number in kept.keys() - own) // 2
 
 # %% ../../nbs/learn/01_network.ipynb #weights_file
 FILES = (".pth", ".pt", ".safetensors", ".ckpt")  # endings of files with weights

@@ -232,10 +232,13 @@ def epoch_line(config: RunConfig, train: dict, val: dict) -> str:
     "One line about one epoch, from its rows."
     percent = lambda value: f"{value:7.2%}"
     loss = lambda value: "nan" if value is None else f"{value:.4f}"
+    frozen = (
+        f", BatchNorm's statistics beyond what is held in {train['steps_without_stats']} steps" if train.get("steps_without_stats") else ""
+    )
     speed = f"{train['seconds']:.1f} s, {train['pictures_per_second']:,.0f} pictures/s, {train['data_wait']:.0%} data wait"
     return (
         f"epoch {train['epoch'] + 1:>3}/{config.recipe.epochs} | train loss {loss(train['train/loss'])} acc {percent(train['train/acc'])}"
-        f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}"
+        f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}{frozen}"
     )
 
 # %% ../../nbs/run/06_launch.ipynb #duration

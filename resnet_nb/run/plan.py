@@ -35,7 +35,7 @@ from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from .checkpoints import weights_source
-from .hardware import NO_DEVICES, ask_torch, find_devices, settle, validate_hardware
+from .hardware import NO_DEVICES, ask_torch, check_machine, find_devices, insist, settle
 from .folder import load_config, run_path
 from ..schedule import size_plan
 from ..seed import STREAM_VERSION
@@ -152,10 +152,9 @@ def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch
 
 # %% ../../nbs/run/05_plan.ipynb #validate
 def validate(config: RunConfig) -> tuple[Index, Index]:
-    "All that can be wrong before anything starts: device, network, data. ValueError with one sentence; returns the indexes of the data."
-    if config.hardware.accelerator != "cpu":
-        validate_hardware(config.hw, config.hardware, find_devices(), exact=config.numerics == "exact")
+    "All that can be wrong before anything starts: network, machine, data. ValueError with one sentence; returns the indexes of the data."
     validate_arch(config.recipe)
+    insist(check_machine(config))
     prepare_data(config.recipe.dataset, config.data_dir)
     r = config.recipe
     train, val, _ = load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)

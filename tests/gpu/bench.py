@@ -78,7 +78,7 @@ class Resident(L.LightningDataModule):
     def train_dataloader(self):
         images, targets = batch(self.size)
         return torch.utils.data.DataLoader(
-            [[images, targets, torch.arange(BATCH)]] * 1000 * MICROBATCHES, batch_size=None, collate_fn=lambda batch: batch
+            [[images, targets, torch.arange(BATCH), torch.zeros(1)]] * 1000 * MICROBATCHES, batch_size=None, collate_fn=lambda batch: batch
         )
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):
