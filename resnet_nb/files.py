@@ -11,12 +11,12 @@ import os
 from pathlib import Path
 
 # %% ../nbs/03_files.ipynb #write_json
-def write_file(path: Path, text: str) -> None:
-    "Replace `path` by `text` in one step."
+def write_file(path: Path, content: str | bytes) -> None:
+    "Replace `path` by `content` in one step."
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
