@@ -33,6 +33,7 @@ from .data.index import cache_dir
 from .data.inspect import inspect_data, summary
 from .data.pack import pack
 from .data.splits import drawn_line, index_data
+from .files import DiskFull, is_full
 from .results.compare import compare_runs, exit_code, verify_run, what_differs
 from .run import launch
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, read_status, run_path
@@ -79,7 +80,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(context)
         except (ValueError, OSError) as error:
-            raise click.UsageError(str(error)) from None
+            wrong = click.UsageError(str(error))
+            wrong.exit_code = launch.CODES["DiskFull"] if is_full(error) else wrong.exit_code
+            raise wrong from None
         except launch.RunFailed as error:
             failed = click.ClickException(str(error))
             failed.exit_code = error.code
@@ -196,8 +199,8 @@ def train(name, p, r, y, f):
         if error.ename in ("KeyboardInterrupt", "RunStopped"):
             click.echo(error.evalue, err=True)
             raise click.exceptions.Exit(130) from None
-        if error.ename == "ValueError":
-            raise ValueError(error.evalue) from None
+        if error.ename in ("ValueError", "DiskFull"):
+            raise {"ValueError": ValueError, "DiskFull": DiskFull}[error.ename](error.evalue) from None
         if error.ename == "RunFailed":
             raise launch.failed(run_dir, read_status(run_dir)) from None
         raise launch.RunFailed(f"{error.ename}: {error.evalue}") from None
