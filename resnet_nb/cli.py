@@ -41,6 +41,7 @@ from .data.index import cache_dir
 from .data.inspect import inspect_data, summary
 from .data.pack import pack
 from .data.splits import drawn_line, index_data
+from .files import DiskFull, is_full
 from .results.compare import compare_runs, exit_code, verify_run, what_differs
 from .run import launch
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, mend_status, read_status, run_path
@@ -127,7 +128,9 @@ class _Commands(click.Group):
         except BrokenPipeError:  # `resnet-nb runs | head -1`, for instance
             raise
         except (ValueError, OSError) as error:
-            raise click.UsageError(str(error)) from None
+            wrong = click.UsageError(str(error))
+            wrong.exit_code = launch.CODES["DiskFull"] if is_full(error) else wrong.exit_code
+            raise wrong from None
         except launch.RunFailed as error:
             failed = click.ClickException(str(error))
             failed.exit_code = error.code

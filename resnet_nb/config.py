@@ -371,6 +371,12 @@ class Hardware(Strict):
     compile: bool = what("compile the network with torch.compile, anew for each image size", False)
     num_workers: Literal["auto"] | Whole = what("data workers per rank; auto: the cores there are for it, less one")
     num_threads: int | None = what("CPU threads per rank; None: an even share of the cores, or 1 for exact numerics", None, ge=1)
+    checkpoint_minutes: float = what("between two checkpoints within an epoch; the first one comes after 2 at most", 10.0, gt=0)
+    hang_minutes: float = what(
+        "that a microbatch may take before a rank counts as hanging, and the run starts again from its last checkpoint; 3 x that at starts and checkpoints",
+        10.0,
+        gt=0,
+    )
     default_recipe: str = what("what this profile trains when nothing is named", "digits")
 
     @model_validator(mode="after")

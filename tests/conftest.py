@@ -2,6 +2,8 @@
 
 import shutil
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from resnet_nb.config import Parameters
 from resnet_nb.data.splits import make_digits
 from resnet_nb.run import launch
-from resnet_nb.run.folder import create_run, make_run_dir
+from resnet_nb.run.folder import all_rows, create_run, lock_run, make_run_dir
 from resnet_nb.run.plan import resolve
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts pytest in the background has it ignored, by children too
@@ -70,6 +72,48 @@ def make_config(data):
         return resolve(Parameters(seed=seed, numerics=numerics, overrides=wish, **given))
 
     return make
+
+
+def wait_for(what, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def epochs_begun(run_dir):
+    return sum(row.get("note") == "epoch" for row in all_rows(run_dir))
+
+
+def processes_of(run_dir):
+    """Command lines of living processes that name the run's folder, the oldest first."""
+    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in found if str(run_dir) in line and "resnet_nb" in line]
+
+
+def ranks_of(run_dir):
+    """Process ids of living ranks, each a leader of its session; data workers are not."""
+    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,sess,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = [line.split(maxsplit=2) for line in found if f"-m resnet_nb.run.worker {run_dir}" in line and "torch.distributed" not in line]
+    return [int(pid) for pid, session, _ in lines if pid == session]
+
+
+def supervise_here(config, script: Path, *words, monkeypatch):
+    """A run under a supervisor in this process, its ranks run by `script`, a patch of the worker; returns the folder."""
+    usual = launch.command
+
+    def command(run_dir, world_size, private):
+        whole = usual(run_dir, world_size, private)
+        return [*whole[:-3], str(script), str(run_dir), *map(str, words)]  # -m resnet_nb.run.worker RUN_DIR
+
+    monkeypatch.setattr(launch, "command", command)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run_dir = create_run(config)
+    with lock_run(run_dir) as lock:
+        launch.supervise(run_dir, lock.fileno())
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return run_dir
 
 
 def run_here(config, attempt: int = 1) -> tuple[Path, str]:

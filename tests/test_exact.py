@@ -101,6 +101,15 @@ def test_stopped_in_mid_epoch_and_resumed_on_another_world_size_is_the_same(make
     assert validation(run_dir) == validation(reference)
 
 
+def test_checkpoints_within_an_epoch_change_no_bit(exact, reference):
+    often = exact(2, 1, name="often", checkpoint_minutes=1e-6)  # after every step
+    assert tensors(often) == tensors(reference)
+    assert digests(often) == digests(reference)
+    assert validation(often) == validation(reference)
+    assert {path.name for path in checkpoints(often)} >= {"step-00000007", "step-00000008"}  # two newest; an epoch has four steps
+    assert "step-00000007" not in {path.name for path in checkpoints(reference)}
+
+
 def stopped_at_once(config):
     run_dir = launch.start(config)
     launch.stop(run_dir)

@@ -5,11 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
-from conftest import STEPS
+from conftest import STEPS, epochs_begun, processes_of, ranks_of, supervise_here, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -18,23 +17,6 @@ from resnet_nb.files import read_json, write_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import all_rows, lock_run, read_rows, read_status, run_path
-
-
-def wait_for(what, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def epochs_begun(run_dir):
-    return sum(row.get("note") == "epoch" for row in all_rows(run_dir))
-
-
-def processes_of(run_dir):
-    """Command lines of living processes that name the run's folder."""
-    found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in found if str(run_dir) in line and "resnet_nb" in line]
 
 
 def losses(run_dir):
@@ -140,17 +122,45 @@ def test_the_order_of_callbacks_changes_no_file(make_config, tmp_path, one):
 
 
 def kill_a_rank(run_dir):
-    ranks = [line for line in processes_of(run_dir) if "-m resnet_nb.run.worker" in line and "torch.distributed" not in line]
-    os.kill(int(ranks[1].split()[0]), signal.SIGKILL)  # in order of age: two ranks, then their data workers
+    os.kill(ranks_of(run_dir)[1], signal.SIGKILL)
 
 
-def test_a_rank_killed_before_any_checkpoint_ends_the_launch(make_config):
-    run_dir = launch.start(make_config("killed", epochs=40, image_sizes=[32], microbatch_size=24))
-    wait_for(lambda: epochs_begun(run_dir) >= 1)
+def test_a_rank_killed_before_any_checkpoint_is_started_again_from_nothing(make_config, home, data):
+    # all digits: enough steps in an epoch to be killed among them
+    config = make_config("killed", epochs=1, image_sizes=[16], data_dir=home / "all digits")
+    run_dir = launch.start(config)
+    wait_for(lambda: len(read_rows(run_dir, "step")) > 4)
     kill_a_rank(run_dir)
-    with pytest.raises(launch.RunFailed, match=r"killed by SIGKILL \(exit code -9\)"):
-        launch.follow(run_dir)
+    assert not checkpoints(run_dir)
+    status = launch.follow(run_dir)
+    assert [attempt["status"] for attempt in status["attempts"]] == ["failed", "completed"]
+    assert "a rank was killed by SIGKILL (exit code -9)" in status["attempts"][0]["reason"]
+    assert [(row["step"], row["attempt"]) for row in all_rows(run_dir) if row.get("note") == "start"] == [(0, 1), (0, 2)]
     assert not processes_of(run_dir)
+
+
+DIES = """
+import os, signal, sys
+from resnet_nb.learn import module
+from resnet_nb.run import worker
+usual, calls = module.ResNetModule.training_step, []
+def training_step(*args, **kwargs):
+    calls.append(None)
+    if len(calls) > int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return usual(*args, **kwargs)
+module.ResNetModule.training_step = training_step
+sys.exit(worker.main(sys.argv[1]))
+"""
+
+
+def test_a_run_that_dies_at_the_same_step_again_is_not_started_for_ever(make_config, tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text(DIES)
+    run_dir = supervise_here(make_config("dies", "local"), tmp_path / "dies.py", 9, monkeypatch=monkeypatch)  # in its third step
+    status = read_status(run_dir)
+    assert [attempt["status"] for attempt in status["attempts"]] == ["failed", "failed"]
+    assert status["status"] == "failed" and "killed by SIGKILL" in status["reason"]
+    assert {row["step"] for row in read_rows(run_dir, "step")} == {1, 2}
 
 
 def test_a_rank_killed_later_is_started_again_and_learns_the_same(make_config, two):

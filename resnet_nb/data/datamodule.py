@@ -27,6 +27,7 @@ from .splits import load_data, prepare_data
 from .transforms import draw_changes, load_eval, load_train
 from ..schedule import size_at, eval_size_at
 from ..seed import digest
+from ..watch import die_with_parent
 
 # %% ../../nbs/data/07_datamodule.ipynb #torch_resize
 def _images(memory: torch.Tensor, count: int, size: int) -> torch.Tensor:  # (count, 3, size, size)
@@ -168,8 +169,9 @@ def one_ahead(items: Iterator, device: int | None = None) -> Iterator:
             yield item
 
 # %% ../../nbs/data/07_datamodule.ipynb #make_loader
-def _ignore_signals(worker_id: int) -> None:
-    "Ctrl-C and SIGTERM reach the whole process group; the main process decides what happens, and its workers serve it to the end."
+def _serve_to_the_end(worker_id: int) -> None:
+    "Ctrl-C and SIGTERM reach the whole process group; the main process decides what happens, and its workers serve it to its end, no longer."
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -192,7 +194,7 @@ def make_loader(
         sampler,
         int(config.hardware.num_workers),
         room=config.recipe.microbatch_size * largest * largest * 3,
-        worker_init_fn=_ignore_signals if trainer else None,
+        worker_init_fn=_serve_to_the_end if trainer else None,
         pin_memory=bool(trainer) and trainer.strategy.root_device.type == "cuda",
     )
 

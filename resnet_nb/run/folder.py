@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO
 
 from ..config import RunConfig, checked, project_root
-from ..files import read_json, write_file, write_json
+from ..files import SPARE, keep_spare, read_json, told_if_full, write_file, write_json
 
 # %% ../../nbs/run/00_folder.ipynb #first_difference
 def first_difference(a: dict, b: dict) -> tuple | None:
@@ -70,13 +70,15 @@ def run_identity(config: RunConfig) -> dict:
 
 # %% ../../nbs/run/00_folder.ipynb #create_run
 def make_run_dir(name: str) -> Path:
-    "The folder of the run `name`, made where it is not there; ValueError where that can't be."
+    "The folder of the run `name`, made where it is not there; ValueError where that can't be, DiskFull where there is no room."
     run_dir = run_path(name)
     try:
-        for folder in ("checkpoints", "logs"):
-            (run_dir / folder).mkdir(parents=True, exist_ok=True)
+        with told_if_full(run_dir, SPARE):
+            for folder in ("checkpoints", "logs"):
+                (run_dir / folder).mkdir(parents=True, exist_ok=True)
         write_file(run_dir / "checkpoints" / "probe", "")  # Lightning would pass over a folder that can't be written
         (run_dir / "checkpoints" / "probe").unlink(missing_ok=True)
+        keep_spare(run_dir / "run.json")  # how the run ended is said at a full disk, too
     except OSError as error:
         raise ValueError(f"run folder {str(run_dir)!r} can't be written: {error.strerror or error}") from None
     return run_dir
@@ -167,7 +169,8 @@ def append_rows(run_dir: Path, rows: list[dict]) -> None:
     "Append `rows` to metrics.jsonl in one write; numbers that are not finite become null."
     finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
     text = "".join(json.dumps({key: finite(value) for key, value in row.items()}) + "\n" for row in rows)
-    with open(run_dir / "metrics.jsonl", "ab+") as file:
+    path = run_dir / "metrics.jsonl"
+    with told_if_full(path, len(text)), open(path, "ab+") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
             text = "\n" + text  # a crash cut the last line short
         file.write(text.encode())

@@ -265,6 +265,9 @@ class MetricsCallback(L.Callback):
             if self._waiting.add(row, module.step_sums.last) or module.device.type == "cpu":
                 self._fetch(trainer, module)
 
+    def on_save_checkpoint(self, trainer, module, checkpoint) -> None:
+        self._fetch(trainer, module)  # a run that goes on from here has the rows up to here
+
     def on_validation_start(self, trainer, module) -> None:
         self.clock.stop(trainer.profiler.seconds)
 

@@ -1,0 +1,145 @@
+"""A full disk: one sentence, exit code 5, a status that is true, nothing half there; and the run goes on when there is room."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, supervise_here, wait_for
+
+from resnet_nb.files import read_json
+from resnet_nb.run import launch
+from resnet_nb.run.checkpoints import checkpoints, damage
+from resnet_nb.run.folder import read_rows, read_status
+
+CHECKPOINT = 90  # MiB, more than one of a resnet18 with momentum takes
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """disk(MiB): a small disk, on which runs lie from then on."""
+    folder = tmp_path / "a small disk"
+    folder.mkdir()
+
+    def mount(size):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "none", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        monkeypatch.setenv("RESNET_NB_HOME", str(folder))
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def fill(folder: Path, leave: int = 0) -> Path:
+    """Another program's file, which takes all but `leave` bytes."""
+    taken = folder / "ballast"
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    with open(taken, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leave)
+    return taken
+
+
+def losses(run_dir):
+    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
+
+
+def command(*words, data, **how):
+    wish = json.dumps({"overrides": SMALL | {"accelerator": "cpu"}})
+    words = [
+        str(Path(sys.executable).with_name("resnet-nb")),
+        "train",
+        "-p",
+        "recipe",
+        "digits",
+        "-r",
+        "data_dir",
+        str(data),
+        "-y",
+        wish,
+        *words,
+    ]
+    return subprocess.run(words, capture_output=True, text=True, timeout=400, **how)
+
+
+@pytest.mark.parametrize("hw", ["local", "cpu2"])
+def test_room_for_three_checkpoints_is_needed_before_the_first_step(disk, make_config, hw):
+    disk(2 * CHECKPOINT)
+    with pytest.raises(
+        launch.RunFailed, match="three checkpoints have no room: the disk is full: asked for were 256.* MiB in .*, free are 1.* MiB"
+    ) as failure:
+        launch.train(make_config(f"little-{hw}", hw))
+    assert failure.value.code == 5 and "\n" not in str(failure.value)
+    run_dir = launch.run_path(f"little-{hw}")
+    status = read_json(run_dir / "run.json")
+    assert (status["status"], len(status["attempts"])) == ("failed", 1) and not read_rows(run_dir, "step")
+
+
+@pytest.mark.parametrize("hw, leave", [("local", 2**20), ("cpu2", 2**20), ("local", 0)])
+def test_a_disk_that_others_fill_ends_the_run_with_the_truth_and_it_goes_on_later(disk, make_config, one, two, hw, leave):
+    folder, config = disk(4 * CHECKPOINT), make_config("filled", hw, num_workers=int(hw == "cpu2"))
+    run_dir = launch.start(config)
+    wait_for(lambda: checkpoints(run_dir), 200)
+    ballast = fill(folder, leave)
+    with pytest.raises(launch.RunFailed, match="the disk is full: asked for w.* in '.*', free are .*; make room") as failure:
+        launch.follow(run_dir)
+    assert failure.value.code == 5 and "\n" not in str(failure.value)
+    status = read_json(run_dir / "run.json")
+    assert (status["status"], len(status["attempts"])) == ("failed", 1) and "disk is full" in status["reason"]
+    assert [damage(checkpoint) for checkpoint in checkpoints(run_dir)] == [""] * len(checkpoints(run_dir))
+    assert not list(run_dir.glob("**/*.partial")) and not list(run_dir.glob("**/*.tmp"))
+    ballast.unlink()
+    launch.train(config)
+    assert losses(run_dir) == losses(one if hw == "local" else two)
+
+
+def test_the_command_ends_with_code_5_where_nothing_can_be_begun(disk, data):
+    folder = disk(1)
+    (folder / "runs").mkdir()
+    fill(folder)
+    done = command("-r", "name", "nothing", data=data)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "the disk is full: asked for w" in done.stderr and "free are 0.0 KiB" in done.stderr and "Traceback" not in done.stderr
+
+
+FULL = """
+import errno, sys
+from resnet_nb.run import {module}, worker
+usual, calls = {module}.{name}, []
+def full(*args, **kwargs):
+    calls.append(None)
+    if len(calls) > {after}:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return usual(*args, **kwargs)
+{module}.{name} = full
+sys.exit(worker.main(sys.argv[1]))
+"""
+PLACES = {
+    "train.log": ("recording", "TextLoggingCallback._write", 1),
+    "TensorBoard": ("worker", "TensorBoardLogger.log_metrics", 2),
+    "model_info.txt": ("recording", "write_file", 0),
+    "manifest.json": ("worker", "record_manifest", 0),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_full_disk_is_told_from_wherever_it_is_met(make_config, tmp_path, monkeypatch, place):
+    module, name, after = PLACES[place]
+    (tmp_path / "full.py").write_text(FULL.format(module=module, name=name, after=after))
+    config = make_config(f"full-{place.replace('.', '-')}", "local")
+    run_dir = supervise_here(config, tmp_path / "full.py", monkeypatch=monkeypatch)
+    status = read_status(run_dir)
+    assert (status["status"], [attempt["kind"] for attempt in status["attempts"]]) == ("failed", ["DiskFull"])
+    assert launch.failed(run_dir, status).code == 5 and "the disk is full" in str(launch.failed(run_dir, status))
+
+
+def test_a_limit_on_the_size_of_files_is_told(data, home):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20 * 2**20, 20 * 2**20))  # as `ulimit -f` in the shell
+    done = command("-r", "name", "small-files", data=data, preexec_fn=limit)
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "a file may not grow so large here: asked for were 8" in done.stderr and "ulimit -f" in done.stderr
+    assert not list(launch.run_path("small-files").glob("**/*.partial"))
