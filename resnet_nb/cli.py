@@ -295,8 +295,8 @@ def _raise_ending(run_dir: Path, problem: BaseException, begun: bool) -> None:
     "Raise what fits how a run ended that was begun here, and the `problem` that ended its notebook."
     status, kind = read_status(run_dir), getattr(problem, "ename", type(problem).__name__)
     said = getattr(problem, "evalue", str(problem))
-    if kind == "ValueError":
-        raise ValueError(said)
+    if kind in ("ValueError", "DiskFull"):
+        raise {"ValueError": ValueError, "DiskFull": DiskFull}[kind](said)
     if begun and status["status"] == "failed":
         raise launch.failed(run_dir, status)
     if begun and status["status"] == "stopped":
