@@ -1,7 +1,6 @@
 """A run of two ranks that something happens to: started by the command, seen from outside, and started again by the same command."""
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from conftest import SMALL, STEPS
 
 from resnet_nb.files import read_json
 from resnet_nb.run.checkpoints import checkpoints
-from resnet_nb.run.folder import all_rows, is_locked, read_status
+from resnet_nb.run.folder import all_rows, code_facts, is_locked, read_status
 
 COMMAND = str(Path(sys.executable).with_name("resnet-nb"))
 SHORT = SMALL | {"epochs": 2, "image_sizes": [16, 24], "num_workers": 1}
@@ -50,15 +49,15 @@ class Case:
 
     @contextlib.contextmanager
     def recorded(self, kind: str, fault: str):
-        """Leave what was seen in the folder $RESNET_NB_FAULTS, if there is one: a file for each fault."""
-        self.seen |= {"kind": kind, "fault": fault, "held": False}
+        """Append what was seen to the file $RESNET_NB_FAULTS, if it is set: a line of JSON for each fault."""
+        self.seen |= {"kind": kind, "fault": fault, "held": False, "commit": code_facts()["git_commit"]}
         try:
             yield
             self.seen["held"] = True
         finally:
-            if folder := os.environ.get("RESNET_NB_FAULTS"):
-                name = hashlib.sha256(fault.encode()).hexdigest()[:12]
-                Path(folder, f"{name}.json").write_text(json.dumps(self.seen, ensure_ascii=False), encoding="utf-8")
+            if record := os.environ.get("RESNET_NB_FAULTS"):
+                with open(record, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(self.seen, ensure_ascii=False) + "\n")
 
     @property
     def run_dir(self) -> Path:
