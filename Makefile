@@ -5,7 +5,7 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 NBCONVERT := ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN
 
-.PHONY: help setup train lab tensorboard test test-fast gpu typecheck proofs export readme sync clean
+.PHONY: help setup train lab tensorboard test test-fast gpu faults typecheck proofs export readme sync clean
 
 help:  # this list
 	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,13 @@ test-fast: setup  # the notebooks that were changed, then the quick tests
 # make gpu IMAGENETTE_DIR=/folder TIMM_TRAIN=/timm's/train.py; without pictures, loops alone; then bench_gpu.ipynb and README show the new record
 gpu: setup  # on one NVIDIA GPU: its tests, then speed, into nbs/proofs/gpu.json; elsewhere nothing
 	$(BIN)/python tests/gpu/bench.py nbs/proofs/gpu.json $(IMAGENETTE_DIR) $(TIMM_TRAIN)
+
+# what was seen goes into the record that nbs/proofs/reliability.ipynb shows
+faults: export OMP_NUM_THREADS = 1
+faults: setup  # every fault that a run must survive, about half an hour on two cores
+	rm -f nbs/proofs/faults.jsonl
+	RESNET_NB_FAULTS=$(CURDIR)/nbs/proofs/faults.jsonl $(BIN)/python -m pytest tests/faults -m '' -n 2 --dist loadfile
+	cd nbs/proofs && $(NBCONVERT) reliability.ipynb && ../../$(BIN)/nbdev_clean
 
 typecheck: setup  # types alone
 	$(BIN)/mypy
