@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from resnet_nb.config import RECIPES, Recipe, checked
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages
 from resnet_nb.data.sampler import SampleKey, microbatch_places
-from resnet_nb.data.transforms import OPERATIONS_OF, change_picture, draw_changes, draw_operation
+from resnet_nb.data.transforms import CHOICES, change_picture, draw_changes, draw_operation
 from resnet_nb.files import read_json
 from resnet_nb.learn.module import binary_cross_entropy
 from resnet_nb.run import launch
@@ -40,7 +40,7 @@ BILINEAR = {"interpolation": v2.InterpolationMode.BILINEAR}  # as in torchvision
 @pytest.mark.parametrize("wide, theirs", [(False, v2.RandAugment(**BILINEAR)), (True, v2.TrivialAugmentWide(**BILINEAR))])
 def test_operations_and_strengths_are_torchvisions(wide, theirs):
     image, table = Image.fromarray(PICTURE), theirs._AUGMENTATION_SPACE
-    assert list(table) == OPERATIONS_OF
+    assert list(table) == CHOICES
     unlike = {}
     for number, (name, (strengths, signed)) in enumerate(table.items()):
         strengths = strengths(31, *PICTURE.shape[:2])
