@@ -12,9 +12,10 @@ from torchvision.transforms import v2
 from resnet_nb.config import RECIPES, Recipe, checked
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages
 from resnet_nb.data.sampler import SampleKey, microbatch_places
-from resnet_nb.data.transforms import OPERATIONS_OF, change_picture, draw_changes, draw_operation
+from resnet_nb.data.transforms import CHOICES, change_picture, draw_changes, draw_operation
 from resnet_nb.files import read_json
 from resnet_nb.learn.module import binary_cross_entropy
+from resnet_nb.results.plots import plot_run
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import read_rows
@@ -40,7 +41,7 @@ BILINEAR = {"interpolation": v2.InterpolationMode.BILINEAR}  # as in torchvision
 @pytest.mark.parametrize("wide, theirs", [(False, v2.RandAugment(**BILINEAR)), (True, v2.TrivialAugmentWide(**BILINEAR))])
 def test_operations_and_strengths_are_torchvisions(wide, theirs):
     image, table = Image.fromarray(PICTURE), theirs._AUGMENTATION_SPACE
-    assert list(table) == OPERATIONS_OF
+    assert list(table) == CHOICES
     unlike = {}
     for number, (name, (strengths, signed)) in enumerate(table.items()):
         strengths = strengths(31, *PICTURE.shape[:2])
@@ -199,3 +200,6 @@ def test_metrics_count_views_and_validation_is_cross_entropy(reference):
     assert [row["train/seen"] for row in rows] == [96, 96]  # 12 of 96 pictures in each of four steps, twice
     assert max(row["train/loss"] for row in rows) < 0.8  # a mean over four classes
     assert [row["val/seen"] for row in read_rows(reference, "val")] == [23, 23]
+    assert min(row["val/loss"] for row in read_rows(reference, "val")) > 0.8
+    loss = plot_run(reference).axes[1]
+    assert loss.get_yscale() == "log" and loss.get_ylabel() == "training: bce, nats\nvalidation: cross-entropy"

@@ -1,6 +1,6 @@
 """Properties of the samplers, for any sizes."""
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from resnet_nb.data.sampler import PAD, EvalSampler, MicrobatchSampler
@@ -57,6 +57,27 @@ def test_a_resume_is_the_tail(size, world_size, data):
     whole, tail = by_step(size, 1, 0), by_step(size, world_size, step)
     assert tail == whole[step * size[1] :]
     assert step == 0 or tail != whole
+
+
+@settings(deadline=None)
+@given(sizes(), st.sampled_from([1, 2, 3, 4]), st.integers(2, 5), st.data())
+def test_a_step_holds_every_view_of_its_pictures_on_any_world_size(size, world_size, views, data):
+    world_size = world_size if size[1] % world_size == 0 else 1
+    steps = sampler(*size).steps_per_epoch
+    in_step = size[0] // (views * steps) * views
+    assume(in_step >= 2 * size[1])
+    step, epoch = data.draw(st.integers(0, steps - 1)), data.draw(st.integers(0, 3))
+    tail = by_step(size, world_size, epoch * steps + step, views=views)
+    assert tail == by_step(size, 1, epoch * steps, views=views)[step * size[1] :]  # a resume is the tail, with any number of ranks
+    first = [key for microbatch in tail[: size[1]] for key in microbatch]
+    pictures = {index for _, index, _ in first}
+    assert sorted(first) == sorted((epoch * views + view, index, 32 + epoch) for index in pictures for view in range(views))
+    assert len(first) == in_step and {len(microbatch) for microbatch in tail} <= {in_step // size[1], -(-in_step // size[1])}
+    assert max(map(len, tail)) <= size[2]
+    again = [index for microbatch in tail[size[1] :] for _, index, _ in microbatch]
+    assert not pictures & set(again)  # no picture is in two steps
+    if views <= size[1]:
+        assert all(len({index for _, index, _ in microbatch}) == len(microbatch) for microbatch in tail)  # nor twice in a microbatch
 
 
 @settings(deadline=None)

@@ -87,6 +87,7 @@ class MicrobatchSampler:
         if num_microbatches % world_size:
             raise ValueError(f"num_microbatches={num_microbatches} cannot be shared evenly by world_size={world_size}")
         self.steps_per_epoch = steps_per_epoch(num_samples, num_microbatches, microbatch_size, views)
+        self.places = microbatch_places(num_samples, self.steps_per_epoch, num_microbatches, views)
         self.num_samples, self.num_microbatches, self.seed, self.size_at, self.views = num_samples, num_microbatches, seed, size_at, views
         self.microbatches_per_rank, self.rank = num_microbatches // world_size, rank
         self.epoch = self.step = 0
@@ -95,11 +96,6 @@ class MicrobatchSampler:
     def seek(self, global_step: int) -> None:
         "Go to where `global_step` optimizer steps lead; the end of an epoch is the start of the next one."
         self.epoch, self.step = divmod(global_step, self.steps_per_epoch)
-
-    @property
-    def lengths(self) -> set[int]:
-        "How many pictures a microbatch has: one or two numbers."
-        return set(map(len, microbatch_places(self.num_samples, self.steps_per_epoch, self.num_microbatches, self.views)))
 
     def set_epoch(self, epoch: int) -> None:
         "Go to the start of `epoch`, unless already somewhere in it."
@@ -112,12 +108,11 @@ class MicrobatchSampler:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch, order, views = self.epoch, epoch_order(self.num_samples, self.seed, self.epoch), self.views
-        places = microbatch_places(self.num_samples, self.steps_per_epoch, self.num_microbatches, views)
         for step in range(self.step, self.steps_per_epoch):
             first = step * self.num_microbatches + self.rank * self.microbatches_per_rank
-            for microbatch in range(first, first + self.microbatches_per_rank):
+            for places in self.places[first : first + self.microbatches_per_rank]:
                 size = self.size_at(epoch)
-                yield [SampleKey(epoch * views + at % views, int(order[at // views]), size) for at in places[microbatch]]
+                yield [SampleKey(epoch * views + at % views, int(order[at // views]), size) for at in places]
 
 # %% ../../nbs/data/06_sampler.ipynb #EvalSampler
 class EvalSampler:

@@ -374,7 +374,7 @@ class CompiledClassifier(JudgedClassifier):
         started = time.monotonic()
         wanted = [p for p in self.network.parameters() if p.requires_grad]
         self.step_sums.begin()
-        for length in self.trainer.datamodule.train_sampler().lengths:
+        for length in set(map(len, self.trainer.datamodule.train_sampler().places)):
             images = torch.zeros(length, 3, size, size, dtype=torch.uint8, device=self.device)
             with self.trainer.precision_plugin.forward_context():
                 total = self(images).float().sum()
