@@ -98,6 +98,7 @@ def first_error(run_dir: Path, attempt: int) -> dict:
 
 CODES = {
     "BadPicture": 3,
+    "DamagedCheckpoint": 3,
     "FloatingPointError": 4,
 }  # errors that come again whenever the run is started again, and the exit codes of a command that ends with them
 
