@@ -413,3 +413,17 @@ def test_commands_that_wrap_others_end_with_one_sentence_and_nothing_half_writte
     assert ran.returncode == code and "Traceback" not in text and text.count("ended by SIGINT; nothing is half written") == 1, text
     assert not names["TABLE"].exists() and set(one.rglob("*")) == before
     wait_for(lambda: not group(ran.pid), 30)
+
+
+def test_seeds_stop_with_a_checkpoint_and_the_same_command_goes_on(data, home):
+    wish = json.dumps({"overrides": SMALL | {"accelerator": "cpu", "image_sizes": [16], "epochs": 900}})
+    ran = start(
+        [BIN / "resnet-nb", "seeds", "--count", "2", "-r", "name", "sd", "-p", "recipe", "digits", "-r", "data_dir", data, "-y", wish]
+    )
+    run_dir = run_path("sd-seed-0")
+    wait_for(lambda: steps(run_dir))
+    ran.terminate()
+    text, _ = ran.communicate(timeout=120)
+    assert ran.returncode == 75 and "Traceback" not in text and "the same command goes on" in text, text
+    assert read_status(run_dir)["status"] == "stopped" and list(run_dir.glob("checkpoints/step-*"))
+    assert not run_path("sd-seed-1").exists()
