@@ -62,6 +62,7 @@ RUN = {
     ),
     "resnet-nb runs": ("", "completed  epoch 3/3"),
     "resnet-nb train NAME": ("", "done: "),
+    "resnet-nb train NAME --detach": ("", "done: "),
     "resnet-nb evaluate NAME": (" --no-page", "weakest class"),
     "resnet-nb predict NAME PICTURES": (" --top 2", "%"),
     "resnet-nb export NAME": (" --format safetensors", "23 of 23 answers the same"),

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'ARRAYS', 'ROWS_KEPT', 'READERS', 'VERSION', 'BadPicture', 'Index', 'make_index', 'fingerprint', 'cache_dir',
-           'keep_index', 'kept_index', 'in_parallel']
+           'keep_index', 'kept_index', 'born_deaf', 'in_parallel']
 
 # %% ../../nbs/data/00_index.ipynb #imports
+import contextlib
 import hashlib
 import json
 import mmap
 import os
 import shutil
+import signal
 import stat
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -330,6 +333,20 @@ def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
         return splits
     return None
 
+# %% ../../nbs/data/00_index.ipynb #born_deaf
+@contextlib.contextmanager
+def born_deaf() -> Iterator[None]:
+    """Processes that are started within this block, from the main thread, ignore SIGINT and SIGTERM: their first process decides what those do.
+
+    Ctrl-C reaches a whole process group: workers would fill the terminal with their tracebacks, or be gone before that decision."""
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # what is ignored stays so in another program
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before):
+            signal.signal(number, handler)
+
 # %% ../../nbs/data/00_index.ipynb #in_parallel
 def in_parallel(function: Callable, items: Sequence, what: str = "", threads: bool = False) -> Iterator:
     """`function` of each of `items`, in order, by 16 threads, or by one process per core; with a bar that says `what` it is about.
@@ -341,5 +358,6 @@ def in_parallel(function: Callable, items: Sequence, what: str = "", threads: bo
 
     # idle processes end after 1 s; joblib's 300 s would keep the end of a program waiting for them
     how = {"n_jobs": 16, "prefer": "threads"} if threads else {"n_jobs": -1, "idle_worker_timeout": 1}
-    results = Parallel(**how, return_as="generator")(delayed(function)(item) for item in items)
+    with born_deaf():  # they are started here
+        results = Parallel(**how, return_as="generator")(delayed(function)(item) for item in items)
     return iter(progress(what, len(items), iterable=results) if what else results)
