@@ -57,7 +57,7 @@ def told_if_full(path: Path, asked: int) -> Iterator[None]:
             raise
         raise no_room(path, asked, error.errno) from error
 
-# %% ../nbs/03_files.ipynb #write_json
+# %% ../nbs/03_files.ipynb #write_file
 SPARE = 2**15  # bytes
 
 
@@ -93,7 +93,7 @@ def write_file(path: Path, text: str) -> None:
     finally:
         partial.unlink(missing_ok=True)
 
-
+# %% ../nbs/03_files.ipynb #write_json
 def write_json(path: Path, value: dict) -> None:
     "Replace `path` by `value`, as JSON, in one step; what JSON does not know is written as text."
     write_file(path, json.dumps(value, indent=2, default=str) + "\n")

@@ -95,7 +95,7 @@ def _environment(attempt: int, world_size: int) -> dict[str, str]:
     stray = stray_variables(os.environ)
     return defaults | {name: value for name, value in os.environ.items() if name not in stray} | extra
 
-# %% ../../nbs/run/06_launch.ipynb #outcome
+# %% ../../nbs/run/06_launch.ipynb #first_error
 def first_error(run_dir: Path, attempt: int) -> dict:
     "The report of the rank that failed first in `attempt`; {} where none left one (it was killed)."
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / "logs").glob(f"attempt-{attempt}-rank-*.error.json")]
@@ -111,7 +111,7 @@ CODES = {
 }  # kinds of failures that have an exit code of their own
 PASSING = {"MemoryKill"}  # those of them that need not come again when the run is started again
 
-
+# %% ../../nbs/run/06_launch.ipynb #outcome
 def _log(run_dir: Path, attempt: int, of: str = "") -> str:
     path = run_dir / "logs" / f"attempt-{attempt}{of}.log"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -120,7 +120,9 @@ def _log(run_dir: Path, attempt: int, of: str = "") -> str:
 def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, hang: str, oom: int | None) -> tuple[str, str]:
     "Kind and reason of a failure, from what the ranks and the supervisor have seen; torchrun's own exit code says little."
     launcher = _log(run_dir, attempt)
-    timeouts = [str(rank) for rank in range(world_size) if re.search(r"^Timeout \(\d+:\d\d:\d\d", _log(run_dir, attempt, f"-rank-{rank}"), re.M)]
+    timeouts = [
+        str(rank) for rank in range(world_size) if re.search(r"^Timeout \(\d+:\d\d:\d\d", _log(run_dir, attempt, f"-rank-{rank}"), re.M)
+    ]
     if hang or timeouts:
         silent = re.findall(r"rank\s*: (\d+).*\n\s*exitcode\s*: -9", launcher)  # by torchrun, as they did not answer
         own = f"rank {' and '.join(silent or timeouts)} did not get on; where ranks were is at the end of their logs"
@@ -152,7 +154,7 @@ def _outcome(run_dir: Path, attempt: int, world_size: int, exit_code: int, hang:
     kind, reason = _failure_kind(run_dir, attempt, world_size, exit_code, hang, oom)
     return {"status": "failed", "reason": reason, "kind": kind}
 
-# %% ../../nbs/run/06_launch.ipynb #attempt
+# %% ../../nbs/run/06_launch.ipynb #wait
 def _pass_on(ranks: subprocess.Popen, number, frame) -> None:
     "What a signal to the supervisor does: the ranks save and stop."
     ranks.send_signal(signal.SIGTERM)
@@ -180,7 +182,7 @@ def _wait(ranks: subprocess.Popen, private: Path, world_size: int) -> tuple[int,
     end_ranks(private, 0 if hang else 10)
     return exit_code, hang
 
-
+# %% ../../nbs/run/06_launch.ipynb #attempt
 def _attempt(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> dict:
     "Start the ranks, after `attempts` before, wait for their end, and return how it was."
     attempt, kills, patience = len(attempts) + 1, oom_kills(), 60 * config.hardware.hang_minutes
