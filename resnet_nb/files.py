@@ -67,8 +67,10 @@ def spare_path(path: Path) -> Path:
 
 
 def keep_spare(path: Path) -> None:
-    "Make sure that `path` can be written at a full disk, once."
+    "Make sure that `path` can be written at a full disk, once; DiskFull where the disk is full already."
     spare = spare_path(path)
+    if free_bytes(path.parent) < SPARE:
+        raise no_room(path.parent, SPARE)
     if not spare.exists() or spare.stat().st_size != SPARE:
         write_file(spare, " " * SPARE)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..config import RunConfig
 from ..data.sampler import steps_per_epoch
-from ..files import DiskFull, is_full, no_room, read_json
+from ..files import SPARE, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json
 from resnet_nb.run.folder import (
     RunBusy,
     all_rows,
@@ -131,8 +131,11 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
     codes = [int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", launcher)]
     who, codes = ("a rank", codes) if codes or world_size == 1 else ("torchrun", [])
     codes = codes or [exit_code]
-    killed = [code for code in codes if code < 0]
     error = first_error(run_dir, attempt)
+    # a rank that waits for a failed one in vain is killed by torchrun after half a minute, and says nothing about the cause
+    killed = [code for code in codes if code < 0 and not (error and "forcefully exiting" in launcher)]
+    if not error and free_bytes(run_dir) < SPARE:  # not even that could be written down
+        return "DiskFull", str(no_room(run_dir, 0))
     lost_worker = "DataLoader worker" in error.get("error", "")
     if oom and (killed or lost_worker):
         what = "a data worker" if lost_worker else who
@@ -141,7 +144,7 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
         counted = "" if oom is None or killed[0] != -signal.SIGKILL else "; the kernel did not do it for want of memory"
         return "", f"{who} was killed by {signal.Signals(-killed[0]).name} (exit code {killed[0]}){counted}"
     kind = error.get("error", "").partition(": ")[0]
-    return kind, f"rank {error['rank']} failed (exit code {codes[-1]}): {error['error']}" if error else f"exit code {exit_code}"
+    return kind, f"rank {error['rank']} failed (exit code {max(codes)}): {error['error']}" if error else f"exit code {exit_code}"
 
 
 def _outcome(run_dir: Path, attempt: int, world_size: int, exit_code: int, hang: str, oom: int | None) -> dict:
@@ -225,10 +228,12 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
         if stray := stray_variables(os.environ):
             begun["left_out_of_environment"] = stray
         try:
+            keep_spare(run_dir / "run.json")
             sign_lock(lock)
             outcome = _attempt(run_dir, config, lock, attempts, begun)
         except (OSError, DiskFull) as error:  # before the ranks began; a full disk, nearly always
-            reason, kind = (no_room(run_dir, 0), "DiskFull") if is_full(error) else (error, type(error).__name__)
+            kind = "DiskFull" if is_full(error) else type(error).__name__
+            reason = no_room(run_dir, 0) if kind == "DiskFull" else error
             outcome = {"status": "failed", "reason": str(reason), "kind": kind}
         attempts.append(begun | {"ended": utc_now(), "cpu_seconds": round(_cpu_seconds() - spent, 1)} | outcome)
         step, checkpoints = _reached(run_dir)
