@@ -57,7 +57,7 @@ def told_if_full(path: Path, asked: int) -> Iterator[None]:
             raise
         raise no_room(path, asked, error.errno) from error
 
-# %% ../nbs/03_files.ipynb #write_json
+# %% ../nbs/03_files.ipynb #write_file
 SPARE = 2**15  # bytes
 
 
@@ -67,8 +67,10 @@ def spare_path(path: Path) -> Path:
 
 
 def keep_spare(path: Path) -> None:
-    "Make sure that `path` can be written at a full disk, once."
+    "Make sure that `path` can be written at a full disk, once; DiskFull where the disk is full already."
     spare = spare_path(path)
+    if free_bytes(path.parent) < SPARE:
+        raise no_room(path.parent, SPARE)
     if not spare.exists() or spare.stat().st_size != SPARE:
         write_file(spare, " " * SPARE)
 
@@ -94,7 +96,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
 
-
+# %% ../nbs/03_files.ipynb #write_json
 def write_json(path: Path, value: dict) -> None:
     "Replace `path` by `value`, as JSON, in one step; what JSON does not know is written as text."
     write_file(path, json.dumps(value, indent=2, default=str) + "\n")

@@ -34,9 +34,11 @@ sys.exit(worker.main(sys.argv[1]))
 def ended(make_config, tmp_path, monkeypatch):
     """ended(how): a run after its memory was used up."""
 
-    def run(how):
+    def run(how, name=""):
         (tmp_path / "patch.py").write_text(PATCH)
-        return supervise_here(make_config(f"memory-{how}", "local", num_workers=2), tmp_path / "patch.py", how, monkeypatch=monkeypatch)
+        return supervise_here(
+            make_config(f"memory-{how}{name}", "local", num_workers=2), tmp_path / "patch.py", how, monkeypatch=monkeypatch
+        )
 
     return run
 
@@ -56,7 +58,7 @@ def test_an_error_of_memory_names_the_remedies(ended, how):
 def test_a_killed_rank_says_what_the_kernel_counts(ended, monkeypatch, counted):
     counts = iter([3, 3 + counted] * 2 if counted is not None else [None] * 4)
     monkeypatch.setattr(launch, "oom_kills", lambda: next(counts))
-    run_dir = ended("kill")
+    run_dir = ended("kill", f"-{counted}")
     status = read_status(run_dir)
     failure = launch.failed(run_dir, status)
     assert status["status"] == "failed" and len(status["attempts"]) == 2  # the second came no further

@@ -95,6 +95,6 @@ def test_a_killed_supervisor_ends_no_training_and_the_next_command_tells_the_tru
     for line in processes_of(run_dir):
         if "resnet_nb.run.launch" in line:
             os.kill(int(line.split()[0]), signal.SIGKILL)
-    wait_for(lambda: not processes_of(run_dir))
+    wait_for(lambda: not launch.is_locked(run_dir))
     assert read_status(run_dir)["status"] == "completed" and losses(run_dir) == losses(one)
     assert launch.train(config) == run_dir

@@ -63,7 +63,7 @@ def write_state(path: Path, data: memoryview) -> None:
         path.write_bytes(data)
         _sync(path)
 
-
+# %% ../../nbs/run/01_checkpoints.ipynb #commit_checkpoint
 def commit_checkpoint(run_dir: Path, step: int, about: dict) -> Path:
     "Turn the written state into a checkpoint; `about` (plain values) goes into its manifest."
     partial, final = run_dir / "checkpoints" / f".step-{step:08d}.partial", checkpoint_path(run_dir, step)

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..config import Recipe, RunConfig
 from ..data.sampler import steps_per_epoch
-from ..files import DiskFull, is_full, no_room, read_json
+from ..files import SPARE, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json
 from resnet_nb.run.folder import (
     RunBusy,
     all_rows,
@@ -99,7 +99,7 @@ def _environment(attempt: int, world_size: int) -> dict[str, str]:
     stray = stray_variables(os.environ)
     return defaults | {name: value for name, value in os.environ.items() if name not in stray} | extra
 
-# %% ../../nbs/run/06_launch.ipynb #outcome
+# %% ../../nbs/run/06_launch.ipynb #first_error
 def first_error(run_dir: Path, attempt: int) -> dict:
     "The report of the rank that failed first in `attempt`; {} where none left one (it was killed)."
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / "logs").glob(f"attempt-{attempt}-rank-*.error.json")]
@@ -116,7 +116,7 @@ CODES = {
 }  # kinds of failures that have an exit code of their own
 PASSING = {"MemoryKill"}  # those of them that need not come again when the run is started again
 
-
+# %% ../../nbs/run/06_launch.ipynb #outcome
 def _log(run_dir: Path, attempt: int, of: str = "") -> str:
     path = run_dir / "logs" / f"attempt-{attempt}{of}.log"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -136,8 +136,11 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
     codes = [int(code) for code in re.findall(r"exitcode\s*: (-?\d+)", launcher)]
     who, codes = ("a rank", codes) if codes or world_size == 1 else ("torchrun", [])
     codes = codes or [exit_code]
-    killed = [code for code in codes if code < 0]
     error = first_error(run_dir, attempt)
+    # a rank that waits for a failed one in vain is killed by torchrun after half a minute, and says nothing about the cause
+    killed = [code for code in codes if code < 0 and not (error and "forcefully exiting" in launcher)]
+    if not error and free_bytes(run_dir) < SPARE:  # not even that could be written down
+        return "DiskFull", str(no_room(run_dir, 0))
     lost_worker = "DataLoader worker" in error.get("error", "")
     if oom and (killed or lost_worker):
         what = "a data worker" if lost_worker else who
@@ -146,7 +149,7 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
         counted = "" if oom is None or killed[0] != -signal.SIGKILL else "; the kernel did not do it for want of memory"
         return "", f"{who} was killed by {signal.Signals(-killed[0]).name} (exit code {killed[0]}){counted}"
     kind = error.get("error", "").partition(": ")[0]
-    return kind, f"rank {error['rank']} failed (exit code {codes[-1]}): {error['error']}" if error else f"exit code {exit_code}"
+    return kind, f"rank {error['rank']} failed (exit code {max(codes)}): {error['error']}" if error else f"exit code {exit_code}"
 
 
 def _outcome(run_dir: Path, attempt: int, world_size: int, exit_code: int, hang: str, oom: int | None) -> dict:
@@ -159,7 +162,7 @@ def _outcome(run_dir: Path, attempt: int, world_size: int, exit_code: int, hang:
     kind, reason = _failure_kind(run_dir, attempt, world_size, exit_code, hang, oom)
     return {"status": "failed", "reason": reason, "kind": kind}
 
-# %% ../../nbs/run/06_launch.ipynb #attempt
+# %% ../../nbs/run/06_launch.ipynb #wait
 def _pass_on(ranks: subprocess.Popen, number, frame) -> None:
     "What a signal to the supervisor does: the ranks save and stop."
     ranks.send_signal(signal.SIGTERM)
@@ -187,7 +190,7 @@ def _wait(ranks: subprocess.Popen, private: Path, world_size: int) -> tuple[int,
     end_ranks(private, 0 if hang else 10)
     return exit_code, hang
 
-
+# %% ../../nbs/run/06_launch.ipynb #attempt
 def _attempt(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> dict:
     "Start the ranks, after `attempts` before, wait for their end, and return how it was."
     attempt, kills, patience = len(attempts) + 1, oom_kills(), 60 * config.hardware.hang_minutes
@@ -230,10 +233,12 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
         if stray := stray_variables(os.environ):
             begun["left_out_of_environment"] = stray
         try:
+            keep_spare(run_dir / "run.json")
             sign_lock(lock)
             outcome = _attempt(run_dir, config, lock, attempts, begun)
         except (OSError, DiskFull) as error:  # before the ranks began; a full disk, nearly always
-            reason, kind = (no_room(run_dir, 0), "DiskFull") if is_full(error) else (error, type(error).__name__)
+            kind = "DiskFull" if is_full(error) else type(error).__name__
+            reason = no_room(run_dir, 0) if kind == "DiskFull" else error
             outcome = {"status": "failed", "reason": str(reason), "kind": kind}
         attempts.append(begun | {"ended": utc_now(), "cpu_seconds": round(_cpu_seconds() - spent, 1)} | outcome)
         step, checkpoints = _reached(run_dir)

@@ -320,19 +320,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
             write_summary(run_dir, {})  # once more: a run that was killed after its last checkpoint has nothing left to train
     return outcome
 
-# %% ../../nbs/run/04_worker.ipynb #main
-def _quiet() -> None:
-    "Keep out of the logs what says nothing about this run."
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",  # the hardware profile decides
-        ".*sync_dist=True.*",  # the numbers are summed over ranks before they are logged
-        ".*not resumable.*",  # Lightning looks for a state; our sampler computes its position from the count of steps
-        ".*deprecated.*",  # Lightning's use of torch, not ours; `broadcast_buffers` has no successor in torch 2.10
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
+# %% ../../nbs/run/04_worker.ipynb #describe_error
 NO_MEMORY = re.compile("(OutOf)?MemoryError|[Cc]an(no|')t allocate memory|can't start new thread")
 
 
@@ -347,6 +335,18 @@ def describe_error(run_dir: Path, error: BaseException) -> str:
         kind, where = "OutOfMemoryError", " ".join(getattr(error, "__notes__", []))
         text = f"memory is used up {where}: {memory_remedy(load_config(run_dir))}. It said: {(text or 'nothing').strip().splitlines()[0]}"
     return f"{kind}: {text}"
+
+# %% ../../nbs/run/04_worker.ipynb #main
+def _quiet() -> None:
+    "Keep out of the logs what says nothing about this run."
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # the hardware profile decides
+        ".*sync_dist=True.*",  # the numbers are summed over ranks before they are logged
+        ".*not resumable.*",  # Lightning looks for a state; our sampler computes its position from the count of steps
+        ".*deprecated.*",  # Lightning's use of torch, not ours; `broadcast_buffers` has no successor in torch 2.10
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def main(run_dir: str) -> int:
