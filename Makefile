@@ -26,8 +26,12 @@ train: setup  # train, into runs/NAME; hw= recipe= name= data_dir= seed= numeric
 lab: setup  # open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/train.ipynb
 
+# TensorBoard calls a run by the path of its folder: links have the names of the runs
 tensorboard: setup  # show the curves of all runs side by side
-	$(BIN)/tensorboard --logdir runs
+	links=$$(mktemp -d); trap 'kill $$!; rm -rf "$$links"' EXIT; trap 'exit 130' INT TERM; \
+	while :; do for run in runs/*/tensorboard; do \
+	  link="$$links/$$(basename "$${run%/tensorboard}")"; [ -e "$$link" ] || [ ! -d "$$run" ] || ln -s "$$PWD/$$run" "$$link"; \
+	done; sleep 5; done & $(BIN)/tensorboard --logdir "$$links"
 
 # two things at a time, with one thread each: threads of two that share a core wait for each other
 test: export OMP_NUM_THREADS = 1

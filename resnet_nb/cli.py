@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'ENDS', 'STOPPED', 'GOES_ON', 'RUN', 'WHICH', 'JSON', 'PACKAGE', 'read_options', 'Interrupted', 'main',
-           'notebook', 'execute', 'make_page', 'train', 'seeds', 'runs', 'plot', 'follow', 'stop', 'explore',
+           'notebook', 'execute', 'make_page', 'kind', 'train', 'seeds', 'runs', 'plot', 'follow', 'stop', 'explore',
            'evaluate', 'predict', 'compare', 'export_run', 'recipes', 'show_recipe', 'hw', 'show_hardware', 'verify',
            'reproduce', 'check', 'data', 'make_pack']
 
@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
@@ -33,6 +35,7 @@ from resnet_nb.config import (
     checked,
     hardware_lines,
     nearest,
+    parameter_hint,
     parse_yaml,
     read_recipe,
     recipe_lines,
@@ -71,7 +74,7 @@ def read_options(p=(), r=(), y=(), f=()) -> Parameters:
     given |= dict(r)
     for name in given:
         if name not in Parameters.model_fields:
-            raise ValueError(f"unknown parameter {name!r}; {nearest(name, Parameters.model_fields)}")
+            raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
     for name in TEXT & given.keys():
         if not isinstance(given[name], str):
             raise ValueError(f"{name}={given[name]!r} is no text in YAML; put it in quotes, or pass it with -r {name} VALUE")
@@ -251,14 +254,28 @@ def _shown(path: Path) -> str:
     "A path as short as it can be typed here."
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
+# %% ../nbs/90_cli.ipynb #kind
+def kind(annotation: Any) -> str:
+    "A field's type in words, as in 'number, number' or 'none | balanced'."
+    inner = [one for one in get_args(annotation) if one is not ...]
+    if annotation in (int, float, str, bool, NoneType):
+        return {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "none"}[annotation]
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, inner))
+    if get_origin(annotation) is Annotated:
+        return kind(inner[0])
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(map(kind, inner))}{', …' * (... in get_args(annotation))}]"
+    return " | ".join(map(kind, inner)) if isinstance(annotation, UnionType) or get_origin(annotation) is Union else "mapping"
+
 # %% ../nbs/90_cli.ipynb #Explained
 def _options(command):
     "The ways in which papermill takes parameters."
     for option in (
-        click.option("-f", multiple=True, metavar="FILE", help="A YAML file of parameters."),
+        click.option("-f", multiple=True, metavar="FILE", help="A YAML file of parameters, those below."),
         click.option("-y", multiple=True, metavar="YAML", help="Parameters as a YAML mapping."),
         click.option("-r", nargs=2, multiple=True, metavar="NAME TEXT", help="A parameter, taken as text."),
-        click.option("-p", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter."),
+        click.option("-p", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter, one of those below; VALUE as in YAML."),
     ):
         command = option(command)
     return command
@@ -268,9 +285,9 @@ class _Explained(click.Command):
     "A command whose help ends with the parameters of a run, and what can be said for them."
 
     def format_epilog(self, context, formatter):
+        default = lambda field: "" if field.is_required() else f" = {json.dumps(field.default)}"
         fields = lambda model: [
-            (name if field.is_required() else f"{name} = {json.dumps(field.default)}", field.description)
-            for name, field in model.model_fields.items()
+            (f"{name}: {kind(field.annotation)}{default(field)}", field.description) for name, field in model.model_fields.items()
         ]
         named = lambda lines: [tuple(line.split(None, 1)) for line in lines]
         for title, rows in (
@@ -376,6 +393,8 @@ def train(name, p, r, y, f, detach):
     run_dir = make_run_dir(config.name)
     with lock_run(run_dir):  # refuses while another process writes this run
         create_run(config)
+    for run in launch.twins(config) if not config.parameters.name else []:
+        click.echo(f"{launch.twin_line(run)}; resnet-nb {'follow' if run['status'] == 'running' else 'train'} {run['name']} leads to it")
     click.echo(f"{config.name}: recipe {config.recipe_name} on {config.hw}")
     if detach:
         return _detached(run_dir)
@@ -405,7 +424,7 @@ def seeds(p, r, y, f, count, variant, as_json):
 @main.command()
 @JSON
 def runs(as_json):
-    "List the runs, the newest first: status, finished epochs, best accuracy, recipe and hardware."
+    "List the runs, the newest first: status, finished epochs, steps, best accuracy, recipe and hardware, and when they last wrote."
     found = [launch.describe_run(name) for name in launch.run_names()]
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -413,7 +432,11 @@ def runs(as_json):
     width = max((len(run["name"]) for run in found), default=0)
     for run in found:
         best = "" if run.get("best") is None else f"best {run['best']:.2%}"
-        far = f"epoch {run['epoch']}/{run['epochs']}  {best:<12}  {run['recipe']} on {run['hw']}" if "epochs" in run else run["problem"]
+        far = (
+            f"epoch {run['epoch']}/{run['epochs']}  step {run['step']:<7,}  {best:<12}  {run['recipe']} on {run['hw']}, {launch.duration(run['age'])} ago"
+            if "epochs" in run
+            else run["problem"]
+        )
         click.echo(f"{run['name']:<{width}}  {run['status']:<9}  {far}")
     if not found:
         click.echo("there are no runs yet; resnet-nb train begins one")

@@ -104,6 +104,22 @@ def test_the_training_notebook_holds_all_parameters_and_imports_only_the_kernel_
     assert assigned == Parameters().model_dump() != assigned | {"seed": 1}
 
 
+def test_code_of_pages_is_as_wide_as_a_window():
+    """JupyterLab breaks no line of code, and at 1,400 px beside its list of files shows 120 characters."""
+
+    def wide(page: str) -> list[str]:
+        cells = sources(NOTEBOOKS[page]).items()
+        shown = [text for name, text in cells if name == "parameters" or ("/proofs/" not in page and "hide-input" not in tags(page, name))]
+        return [line for text in shown for line in text.splitlines() if len(line) > 120]
+
+    def tags(page: str, name: str) -> list[str]:
+        return next(cell["metadata"].get("tags", []) for cell in NOTEBOOKS[page]["cells"] if cell["id"] == name)
+
+    pages = [name for name in NOTEBOOKS if re.match(r"nbs/(proofs/)?[a-z_]+\.ipynb", name)]
+    assert {page: found for page in pages if (found := wide(page))} == {} and len(pages) > 8
+    assert wide(EXPORTING["run.launch"])  # the control: nobody's page
+
+
 def test_words_of_keys_stand_in_one_table_in_seed():
     def literal(text: str) -> list[str]:
         calls = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]

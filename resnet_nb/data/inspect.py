@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ODD', 'MODES', 'FORMATS', 'OVER', 'CHUNK', 'IMAGENET', 'Picture', 'examine', 'inspect_split', 'duplicates', 'strays',
-           'compare_with_imagenet', 'inspect_data', 'problems', 'summary']
+           'compare_with_imagenet', 'inspect_data', 'inspected', 'problems', 'summary']
 
 # %% ../../nbs/data/04_inspect.ipynb #imports
 import hashlib
@@ -20,9 +20,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..config import one_sentence
 from .formats import damaged_parts, is_imagenet, is_picture
 from .index import Index, cache_dir, fingerprint, in_parallel
-from .splits import BAD, list_data, one_class_problem, spelling_problem, unread_problem
+from resnet_nb.data.splits import (
+    BAD, find_data_dir, inspected_indexes, list_data, one_class_problem, prepare_data, read_inspection, spelling_problem, unread_problem,
+)  # fmt: skip
 from .transforms import BACKGROUND, ORIENTATION, Damaged, TooLarge, decode, is_raw, read_orientation
 
 # %% ../../nbs/data/04_inspect.ipynb #oddities
@@ -253,6 +256,17 @@ def inspect_data(data_dir: str | Path) -> dict:
     partial.write_text(json.dumps(report), encoding="utf-8")
     partial.replace(folder / "inspection.json")
     return report
+
+# %% ../../nbs/data/04_inspect.ipynb #inspected
+@one_sentence
+def inspected(data_dir: str | Path = "") -> tuple[dict, dict[str, Index]]:
+    "The report about the data as it is now, made where there is none yet, and its indexes; of the embedded digits where no data is named."
+    if not data_dir:
+        prepare_data("digits", data_dir := find_data_dir("digits", ""))
+    found = list_data(data_dir)
+    if read_inspection(data_dir, found.train, found.val) is None:
+        inspect_data(data_dir)
+    return inspected_indexes(data_dir)
 
 # %% ../../nbs/data/04_inspect.ipynb #problems
 def problems(report: dict) -> list[str]:

@@ -55,11 +55,7 @@ def shrink(data: bytes, short_side: int, quality: int, raw: bool = False) -> byt
     image.save(file := io.BytesIO(), "JPEG", quality=quality, **exif)
     return file.getvalue()
 
-# %% ../../nbs/data/05_pack.ipynb #write_part
-PER_FILE = 2**14  # pictures in a file
-CHUNK = 64  # pictures that a process takes at a time, and in one batch of the file
-
-
+# %% ../../nbs/data/05_pack.ipynb #shrink_some
 def _shrink_some(index: Index, which: list[int], short_side: int, quality: int, raw: bool) -> list[bytes]:
     "What becomes of these pictures; BadPicture names one that is bad."
     files = []
@@ -69,6 +65,10 @@ def _shrink_some(index: Index, which: list[int], short_side: int, quality: int, 
         except BadPicture as error:
             raise BadPicture(str(error) if index.where(i) in str(error) else f"{index.where(i)!r} {error}") from None
     return files
+
+# %% ../../nbs/data/05_pack.ipynb #write_part
+PER_FILE = 2**14  # pictures in a file
+CHUNK = 64  # pictures that a process takes at a time, and in one batch of the file
 
 
 def write_part(index: Index, first: int, last: int, path: Path, short_side: int, quality: int, raw: bool = False, bar: Any = None) -> dict:

@@ -27,7 +27,7 @@ from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Parameters, RunConfig
+from ..config import Parameters, RunConfig, one_sentence
 from ..data.formats import is_picture
 from ..data.index import BadPicture, Index
 from ..data.splits import load_data, test_data, whole_data
@@ -217,6 +217,7 @@ def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "
     return Evaluation(about | scores(logits, labels, network.classes), predictions(network, index, labels, logits), index)
 
 # %% ../../nbs/results/01_evaluate.ipynb #evaluate
+@one_sentence
 def evaluate(
     run: str | Path,
     split: str = "val",  # or 'test', 'train'
@@ -233,6 +234,7 @@ def evaluate(
     return found
 
 
+@one_sentence
 def by_size(network: nn.Module, index: Index, sizes: Iterable[int], most: int = 5000, **how) -> dict[int, Interval]:
     "Top-1 at each of these test image sizes, in px, on at most `most` of the pictures, evenly spread."
     few = index.without(np.flatnonzero(np.arange(len(index)) % -(-len(index) // most)))
@@ -295,6 +297,7 @@ def example_run(show: Callable[[str], None] = print, name: str = EXAMPLE, seed: 
     return run_path(name)
 
 
+@one_sentence
 def pick_run(run: str = "", show: Callable[[str], None] = print) -> Path:
     "The folder of `run`, a name or a folder; of the newest run where none is named, and where there is none, of an example."
     if run and not find_run(run):
@@ -317,6 +320,7 @@ def find_files(places: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+@one_sentence
 @torch.no_grad()
 def predict_files(network: nn.Module, places: Iterable[str | Path], top: int = 3, device: str = "") -> pa.Table:
     "A row for each picture: its path, the `top` likeliest classes with their probabilities, and what is wrong where it can't be read."

@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['DPI', 'confused_pairs', 'plot_confusion', 'plot_calibration', 'most_wrong', 'least_sure', 'plot_answers',
-           'plot_sizes_tested', 'plot_predictions']
+           'plot_sizes_tested', 'plot_predictions', 'upload_box']
 
 # %% ../../nbs/results/04_figures.ipynb #imports
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -144,3 +147,23 @@ def plot_predictions(table: pa.Table, rows: int = 8) -> Figure:
         right.tick_params(axis="x", labelsize=6)
     plt.close(fig)
     return fig
+
+# %% ../../nbs/results/04_figures.ipynb #upload_box
+def upload_box(predict: Callable[[list[Path]], pa.Table]) -> Any:
+    "A button for pictures, as a widget; below it appears what `predict` makes of their files: a table as from `predict_files`."
+    import ipywidgets as widgets  # only here: it is for notebooks that somebody looks at
+    from IPython.display import display
+
+    button, below = widgets.FileUpload(accept="image/*", multiple=True, description="Pictures"), widgets.Output()
+
+    def answer(change: dict) -> None:
+        below.clear_output()
+        with below, tempfile.TemporaryDirectory() as folder:
+            places = [Path(folder) / Path(file["name"]).name for file in change["new"]]
+            for place, file in zip(places, change["new"]):
+                place.write_bytes(file["content"])
+            if places:
+                display(plot_predictions(predict(places)))
+
+    button.observe(answer, names="value")
+    return widgets.VBox([button, below])

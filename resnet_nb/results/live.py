@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..bars import bar
+from ..bars import bar, watched_cell
 from ..config import RunConfig, nearest, one_sentence
 from .plots import plot_run
 from ..run import launch
@@ -26,11 +26,13 @@ def _watch(run_dir: Path, how: Callable[..., Any]) -> Callable[[], None]:
 
     show = lambda said, share=0.0: display(bar(said, share), raw=True, display_id=True)
     far, curves = show("starting"), show("")
+
+    def move(progress: launch.Progress) -> bool:
+        far.update(bar(str(progress), progress.share), raw=True)
+        return watched_cell()  # else lines of text are wanted, too
+
     try:
-        how(
-            on_epoch=lambda: curves.update(plot_run(run_dir)),
-            on_progress=lambda progress: far.update(bar(str(progress), progress.share), raw=True),
-        )
+        how(on_epoch=lambda: curves.update(plot_run(run_dir)), on_progress=move)
     finally:
         far.update(bar("", 0.0), raw=True)
     return lambda: curves.update(bar("", 0.0), raw=True)

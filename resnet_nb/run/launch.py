@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'CODES', 'PASSING', 'command', 'stray_variables', 'first_error', 'supervise',
-           'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'pixels', 'Progress',
-           'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train', 'run_names', 'describe_run', 'twins',
-           'twin_line']
+           'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'pixels_before',
+           'Progress', 'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train', 'run_names',
+           'describe_run', 'twins', 'twin_line']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
 import contextlib
@@ -265,6 +265,9 @@ class RunFailed(RuntimeError):
 class RunStopped(RuntimeError):
     "A run was stopped before its end, by somebody else; it can go on."
 
+    def _render_traceback_(self) -> list[str]:  # in a notebook's cell: it is no fault of the program
+        return [f"RunStopped: {self}"]
+
 
 def start(config: RunConfig) -> Path:
     "Create the run's folder, or find it again, and start its processes; RunBusy where another writes it. Returns the folder."
@@ -339,8 +342,8 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 48 * 60 else f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
-# %% ../../nbs/run/06_launch.ipynb #pixels
-def pixels(recipe: Recipe, per_epoch: int, step: int) -> int:
+# %% ../../nbs/run/06_launch.ipynb #pixels_before
+def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     "Of all steps before `step`, in units that are the same for all."
     parts = size_plan(recipe)
     ends = [first for first, _ in parts[1:]] + [recipe.epochs]
@@ -383,7 +386,7 @@ class Progress:
         epoch, into = divmod(self.step, self.per_epoch)
         if epoch == self.recipe.epochs:
             return "all steps are done"
-        work = functools.partial(pixels, self.recipe, self.per_epoch)
+        work = functools.partial(pixels_before, self.recipe, self.per_epoch)
         said, (since, first) = f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}", self.since
         seconds, done = self.clock() - since, work(self.step) - work(first)
         if not done or not seconds:
@@ -430,23 +433,22 @@ def _failure(run_dir: Path, status: dict) -> str:
 
 # %% ../../nbs/run/06_launch.ipynb #Told
 class Told:
-    "What a person was told of the progress, and when: about every second where it replaces what stood there, else a line now and then."
+    "What a person was told of the progress, and when: about every second where that is seen in its place, else a line now and then."
 
     QUIET = 60.0  # s without a line, and 1/200 of the time that a run takes; half of it before the first line
 
-    def __init__(self, show: Callable[[str], None], on_progress: Callable[[Progress], None]):
-        self.show, self.on_progress = show, on_progress
+    def __init__(self, show: Callable[[str], None], on_progress: Callable[[Progress], bool]):
+        self.show, self.on_progress, self.seen = show, on_progress, False
         self.began = self.line = self.look = time.monotonic()
 
     def tell(self, progress: Progress, news: bool) -> None:
         "Tell how far it has come, unless `news` were told or it was told a moment ago."
         now = time.monotonic()
         if now - self.look >= 1:
-            self.on_progress(progress)
-            self.look = now
+            self.seen, self.look = self.on_progress(progress), now
         quiet = self.QUIET / 2 if self.line == self.began else max(self.QUIET, (now - self.began) / 200)
         if news or now - self.line >= quiet:
-            if not news:
+            if not news and not self.seen:
                 self.show(str(progress))
             self.line = now
 
@@ -456,7 +458,7 @@ def observe(
     show: Callable[[str], None] = print,  # gets one line per epoch
     on_epoch: Callable[[], None] = lambda: None,  # called after new lines
     history: bool = True,  # begin with the epochs that are done
-    on_progress: Callable[[Progress], None] = lambda progress: None,  # gets how far it has come, about every second
+    on_progress: Callable[[Progress], bool] = lambda progress: False,  # called every second; is it seen?
 ) -> dict:
     "Show a run until it ends, and return its status; RunFailed where it failed. An interrupt ends only the looking on."
     config, new_rows, train = load_config(run_dir), _new_rows(run_dir), {}
@@ -561,7 +563,7 @@ def run_names() -> list[str]:
 
 
 def describe_run(name: str) -> dict:
-    "What a run is and how far it has come: name, status, epoch (finished ones), epochs, best and last accuracy, recipe, hw, problem."
+    "What a run is and how far it has come: name, status, epoch (finished ones), epochs, step, best and last accuracy, recipe, hw, age (s), problem."
     try:
         config, status = load_config(run_path(name)), read_status(run_path(name))
     except ValueError as error:
@@ -570,9 +572,11 @@ def describe_run(name: str) -> dict:
     if status["status"] == "running":  # run.json is written when an attempt begins and ends
         rows = read_rows(run_path(name), "val")
         best, last = best_epoch(run_path(name)), rows[-1] if rows else {}
+    steps, written = read_rows(run_path(name), "step"), max(path.stat().st_mtime for path in run_path(name).glob("*.json*"))
     return {
-        "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs, "best": best.get("val/acc"),
-        "last": last.get("val/acc"), "recipe": config.recipe_name, "hw": config.hw, "problem": status["reason"],
+        "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs,
+        "step": steps[-1]["step"] if steps else 0, "best": best.get("val/acc"), "last": last.get("val/acc"), "recipe": config.recipe_name,
+        "hw": config.hw, "age": round(time.time() - written), "problem": status["reason"],
     }  # fmt: skip
 
 # %% ../../nbs/run/06_launch.ipynb #twins
@@ -581,12 +585,13 @@ def twins(config: RunConfig) -> list[dict]:
     found = []
     for name in run_names():
         run_dir = run_path(name)
-        about = describe_run(name)
-        begun = about["status"] == "running" or about["status"] in ("stopped", "failed") and any((run_dir / "checkpoints").glob("step-*"))
-        if name != config.name and begun:
-            other = load_config(run_dir)
-            if other.data_dir == config.data_dir and run_identity(other) == run_identity(config):
-                found.append(about)
+        try:
+            other, status = load_config(run_dir), read_status(run_dir)["status"]
+        except ValueError:
+            continue  # damaged, or of another version
+        begun = status == "running" or status in ("stopped", "failed") and any((run_dir / "checkpoints").glob("step-*"))
+        if begun and name != config.name and other.data_dir == config.data_dir and run_identity(other) == run_identity(config):
+            found.append(describe_run(name))
     return found
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'unheld_line', 'model_info', 'TextLoggingCallback',
            'DataWaitProfiler', 'EpochClock', 'record', 'WaitingSteps', 'exact_seconds', 'check_loss', 'explain',
-           'MetricsCallback', 'GraphCallback']
+           'MetricsCallback', 'run_fields', 'GraphCallback']
 
 # %% ../../nbs/run/02_recording.ipynb #imports
 import copy
@@ -18,7 +18,9 @@ import lightning as L
 import torch
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.model_summary import ModelSummary
+from torch.utils.tensorboard.summary import hparams
 
+from ..config import RunConfig
 from ..data.datamodule import ImageNetDataModule, KeyedImages
 from ..files import write_file
 from ..learn.diagnosis import first_not_finite
@@ -65,7 +67,10 @@ def model_info(module) -> str:
     parameters = list(module.network.parameters())
     count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     head = f"{type(module).__name__}: {module.config.recipe.arch}\n{count:,} parameters, {trained:,} of them trained\n"
-    return f"{head}\n{ModelSummary(module, max_depth=3)}\n\n{module.network}\n"
+    layers = [
+        line for line in str(ModelSummary(module, max_depth=3)).splitlines() if "Total Flops" not in line
+    ]  # which needs an example input
+    return "\n".join([head, *layers, "", f"{module.network}\n"])
 
 # %% ../../nbs/run/02_recording.ipynb #TextLoggingCallback
 class TextLoggingCallback(L.Callback):
@@ -283,9 +288,15 @@ class MetricsCallback(L.Callback):
     def on_exception(self, trainer, module, exception) -> None:
         self._record(trainer, *self._waiting.fetch(module.step_sums.read))
 
+# %% ../../nbs/run/02_recording.ipynb #run_fields
+def run_fields(config: RunConfig) -> dict[str, int | float | str | bool]:
+    "Recipe, hardware and seed in one flat dictionary of values that TensorBoard takes."
+    fields = config.recipe.model_dump() | config.hardware.model_dump() | {"seed": config.seed, "numerics": config.numerics}
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in fields.items()}
+
 # %% ../../nbs/run/02_recording.ipynb #GraphCallback
 class GraphCallback(L.Callback):
-    "Rank zero writes the network's graph and its text to TensorBoard, unless an earlier attempt has."
+    "Rank zero writes the network's graph, its text and the run's fields to TensorBoard, unless an earlier attempt has."
 
     def on_train_start(self, trainer, module) -> None:
         if not trainer.is_global_zero or trainer.logger is None:
@@ -299,4 +310,6 @@ class GraphCallback(L.Callback):
             network = copy.deepcopy(module.network).eval()  # a copy is not compiled, which could not be traced
             trainer.logger.experiment.add_graph(network, module.normalise(images))
         trainer.logger.experiment.add_text("model/summary", f"```\n{module.network}\n```")
+        for summary in hparams(run_fields(module.config), {"val/acc": 0, "val/loss": 0}):  # which metrics there will be
+            trainer.logger.experiment._get_file_writer().add_summary(summary)  # `add_hparams` would begin another run
         written.touch()

@@ -22,7 +22,7 @@ from resnet_nb.run.plan import resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; it comes with '.[dev]'")
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed; it comes with '.[dev]'")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here; on Debian: apt-get install chromium")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +96,13 @@ def lab(project, tmp_path_factory):
         server.wait(SECONDS)
 
 
+def ask(lab: str, what: str, **how):
+    """The server's answer, without a browser."""
+    place, token = re.match(r"(.*)/lab/tree.*token=(\w+)", lab).groups()
+    request = urllib.request.Request(f"{place}/api/{what}", headers={"Authorization": f"token {token}"}, **how)
+    return urllib.request.urlopen(request, timeout=SECONDS)
+
+
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as player:
@@ -160,7 +167,7 @@ class Notebook:
 
 
 @pytest.fixture
-def opened(browser, lab, shots, request):
+def opened(browser, lab, project, shots, request):
     """opened(path): a notebook of the project in a tab of its own."""
     tabs = []
 
@@ -169,8 +176,12 @@ def opened(browser, lab, shots, request):
         return tabs[-1]
 
     yield open_one
+    for run in (project / "runs").glob("*/config.json"):
+        stop(run.parent)
     for tab in tabs:
         tab.context.close()
+    for session in json.load(ask(lab, "sessions")):  # the next test finds no kernel that is busy with this one's cells
+        ask(lab, f"sessions/{session['id']}", method="DELETE").close()
 
 
 def wish(project, **given) -> dict:
@@ -208,6 +219,7 @@ def test_a_run_from_its_parameters_to_its_curves(opened, project):
 
 
 TRAIN = "train(config)"
+FAULTS = "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
 UNDER_WAY = r"epoch \d+/500, step \d"
 
 
@@ -283,22 +295,23 @@ def test_who_closes_the_tab_and_comes_back_is_led_to_the_run(opened, project, en
     assert "Traceback" not in tab.says("offer(config)") and len(set((project / "runs").iterdir()) - before) == 1
     tab.write("hw = ", endless(seed=1, name=name))
     tab.run_all()
-    tab.until(TRAIN, r"epoch +1/500 \| (.|\n)*" + UNDER_WAY)  # from its beginning
+    tab.until(TRAIN, UNDER_WAY)
+    tab.until(TRAIN, r"epoch +1/500 \|")  # from its beginning
     tab.shot("2-found", tab.page.locator("progress"))
     stop(project / "runs" / name)
     tab.until(TRAIN, "stopped")
     tab.write("status = ", f"from resnet_nb.results.live import follow\nfollow({name!r})")
     tab.page.keyboard.press("Control+Enter")
-    tab.until("follow(", r"epoch +1/500 \| (.|\n)*stopped")
-    wait(lambda: tab.cell("follow(").locator("img").count(), "the curves")
-    tab.shot("3-followed", tab.cell("follow("))
+    tab.until("import follow", r"epoch +1/500 \| (.|\n)*stopped")
+    wait(lambda: tab.cell("import follow").locator("img").count(), "the curves")
+    tab.shot("3-followed", tab.cell("import follow"))
 
 
 def test_a_misspelt_parameter_is_refused_at_every_run_of_the_cells(opened, project):
     tab = opened("nbs/train.ipynb")
     before = set((project / "runs").iterdir())
-    for turn in (1, 2):
-        tab.write("hw", "recipie = 'imagenette'\nhw = 'local'")
+    for turn, cell in ((1, "hw: str"), (2, "recipie")):
+        tab.write(cell, "recipie = 'imagenette'\nhw = 'local'")
         tab.run_all()
         tab.until("offer(config)", "ValueError: unknown parameter 'recipie'; did you mean 'recipe'?")
         tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
@@ -322,28 +335,58 @@ def test_a_run_is_evaluated(opened, finished):
     tab.run_all()
     tab.until("evaluation = ", f"{finished}, val, best checkpoint")
     tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
-    assert not tab.page.locator(
-        "[data-mime-type='application/vnd.jupyter.error'], [data-mime-type='application/vnd.jupyter.stderr']"
-    ).count()
+    assert not tab.page.locator(FAULTS).count()
     for name in ("evaluation = ", "plot_confusion", "plot_calibration", "most_wrong(table)", "plot_sizes_tested", "export(run_dir"):
         tab.shot(f"2-{re.split('[ (]', name)[0]}", tab.cell(name))
 
 
+def test_a_picture_from_the_browser_is_answered(opened, project, finished):
+    tab = opened("nbs/predict.ipynb")
+    tab.write("run: str", f"run, pictures, which, top = {finished!r}, '', 'best', 2")
+    tab.run_all()
+    tab.page.locator("button", has_text="Pictures").wait_for()
+    picture = next((project / "data" / "small" / "val" / "1").iterdir())
+    (project / "no picture.png").write_text("text")
+    tab.page.locator("input[type=file]").set_input_files([picture, project / "no picture.png"])
+    answer = tab.cell("upload_box").locator(".jupyter-widgets-output-area img, .widget-output img")
+    answer.wait_for()
+    tab.shot("1-answered", answer)
+    assert not tab.page.locator(FAULTS).count()
+
+
+def test_data_is_checked_and_a_bar_moves_meanwhile(opened, project):
+    tab = opened("nbs/check.ipynb")
+    tab.write("data_dir: str", f"data_dir = {str(project / 'data' / 'small')!r}")
+    tab.run_all()
+    tab.until("inspected(data_dir)", "96 pictures of 4 classes(.|\n)*healthy")
+    tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    tab.shot("1-checked", tab.cell("plot_sizes"))
+    assert not tab.page.locator(FAULTS).count() and not tab.page.locator("progress").count()
+    waits = "import time\nfrom resnet_nb.bars import progress\nfor _ in progress('pictures', 20, iterable=range(20)): time.sleep(0.3)"
+    tab.write("for split, facts", waits)
+    tab.page.keyboard.press("Control+Enter")
+    share = lambda: float(tab.page.locator("progress").get_attribute("value"))
+    tab.page.locator("progress").wait_for()
+    before = share()
+    wait(lambda: share() > before, "the bar to move")
+    tab.shot("2-bar", tab.page.locator("progress"))
+    tab.page.locator("progress").wait_for(state="detached")
+
+
 def test_the_index_shows_its_pictures_and_its_links_lead_to_pages(opened):
     tab = opened("nbs/index.ipynb")
-    tab.page.locator(".jp-RenderedMarkdown a[href]").first.wait_for()
-    tab.shot("1-opened")
     links = tab.page.locator(".jp-RenderedMarkdown a[href]:not(.jp-InternalAnchorLink)")
+    links.first.wait_for()
+    tab.shot("1-opened")
     found = {link.get_attribute("href") for link in links.all()}
     local = sorted(href for href in found if "127.0.0.1" in href or not re.match(r"\w+:", href))
-    print(local)
     assert len(local) > 10
     assert {href: answer.status for href in local if (answer := tab.page.request.get(href)).status != 200} == {}
     assert all(image.evaluate("image => image.naturalWidth") for image in tab.page.locator(".jp-Notebook img").all())
     tab.run_all()
     tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
-    assert not tab.page.locator("[data-mime-type='application/vnd.jupyter.error']").count()
-    tab.shot("2-run", tab.cell("resnet-nb").first)
+    assert not tab.page.locator(FAULTS).count()
+    tab.shot("2-run", tab.cell("plot_run"))
     links.get_by_text("exactness", exact=False).first.click()
     tab.page.locator(".lm-TabBar-tabLabel", has_text="exactness.ipynb").wait_for()
     tab.page.locator("#jp-main-dock-panel .jp-NotebookPanel:visible h1").first.wait_for()
