@@ -44,9 +44,9 @@ from resnet_nb.run.folder import (
 from ..schedule import size_plan
 
 # %% ../../nbs/run/06_launch.ipynb #command
-def command(run_dir: Path, world_size: int) -> list[str]:
-    "How the ranks of a run are started."
-    worker = ["-m", "resnet_nb.run.worker", str(run_dir)]
+def command(run_dir: Path, world_size: int, module: str = "resnet_nb.run.worker", *more: str) -> list[str]:
+    "How the ranks of a run are started: `module`, with the folder and what else it takes."
+    worker = ["-m", module, str(run_dir), *more]
     if world_size == 1:
         return [sys.executable, *worker]
     # a free port on the loopback, by address: resolving the host's name is slow or fails on some Macs
