@@ -6,7 +6,7 @@
 __all__ = ['TEXT', 'ENDS', 'STOPPED', 'GOES_ON', 'RUN', 'WHICH', 'JSON', 'PACKAGE', 'read_options', 'Interrupted', 'main',
            'notebook', 'execute', 'make_page', 'kind', 'train', 'seeds', 'runs', 'plot', 'follow', 'stop', 'explore',
            'evaluate', 'predict', 'compare', 'export_run', 'recipes', 'show_recipe', 'hw', 'show_hardware', 'verify',
-           'reproduce', 'check', 'data', 'make_pack']
+           'reproduce', 'check', 'data', 'check_hw', 'make_pack']
 
 # %% ../nbs/90_cli.ipynb #imports
 import contextlib
@@ -47,7 +47,10 @@ from .data.splits import drawn_line, index_data
 from .files import DiskFull, is_full
 from .results.compare import compare_runs, exit_code, verify_run, what_differs
 from .run import launch
+from .run.forecast import forecast, forecast_lines, keep_forecast, measure, parity_config
+from .run.forecast import parity as run_parity
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, mend_status, read_status, run_path
+from .run.hardware import check_lines, check_machine
 from .run.plan import WRITTEN_RUN, resolve, validate
 
 # %% ../nbs/90_cli.ipynb #read_options
@@ -694,6 +697,48 @@ def data(data_dir, page, val_share, group):
         except papermill.exceptions.PapermillExecutionError as error:  # the report stands all the same
             click.echo(f"the page could not be finished: {error.ename}: {error.evalue}", err=True)
     raise click.exceptions.Exit(bool(report["problems"]))
+
+
+@check.command("hw")
+@click.argument("profile", default="")
+@_options
+@click.option("--quick", is_flag=True, help="Only look, and make no step.")
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0), help="To measure each image size for.")
+@click.option("--price-per-hour", type=click.FloatRange(0), help="Of this machine; then the forecast has a price, too.")
+@click.option("--parity", is_flag=True, help="Instead, compare 20 losses of the CPU and of the accelerator that PROFILE means here.")
+@JSON
+def check_hw(profile, p, r, y, f, quick, seconds, price_per_hour, parity, as_json):
+    "Say whether this machine has what a run on PROFILE needs, how fast it is for each image size, and how long the run would take. Exit code 1 where something is short."
+    config, say = resolve(read_options(p, [*r, *([("hw", profile)] if profile else [])], y, f)), lambda text: click.echo(text, err=as_json)
+    if parity:
+        same, found = _compare_with_cpu(config.hardware.accelerator, say)
+    else:
+        checks = check_machine(config)
+        say("\n".join(check_lines(checks)))
+        same, found = not any(check.problem and check.stops for check in checks), {"checks": [check._asdict() for check in checks]}
+        if same and not quick:
+            train, val = validate(config)
+            found |= (cost := forecast(config, measure(config, seconds), len(train), len(val), price_per_hour))
+            keep_forecast(config, cost)
+            say("\n".join(forecast_lines(config, cost)))
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    raise click.exceptions.Exit(not same)
+
+
+def _compare_with_cpu(accelerator: str, say) -> tuple[bool, dict]:
+    "Whether an accelerator's losses are the CPU's, and the losses."
+    if accelerator == "cpu":
+        say("there is nothing to compare: this machine has only a CPU")
+        return True, {"losses": []}
+    found = run_parity(*(parity_config(accelerator=name, precision="32-true") for name in ("cpu", accelerator)))
+    words = (
+        "the same up to rounding"
+        if found["same"]
+        else "NOT the same: don't trust what this accelerator learns; train with overrides: {accelerator: cpu}"
+    )
+    say(f"20 losses of cpu and {accelerator} are {words} (largest difference {found['largest']:.1%}, at step {found['at_step']})")
+    return found["same"], found
 
 # %% ../nbs/90_cli.ipynb #pack-command
 @main.command("pack")

@@ -7,6 +7,7 @@ __all__ = ['lr_at', 'is_frozen', 'size_at', 'eval_size_at', 'size_plan']
 
 # %% ../nbs/02_schedule.ipynb #imports
 import math
+import sys
 
 from .config import Recipe
 
@@ -31,7 +32,10 @@ def lr_at(
     if recipe.schedule == "linear":
         return peak + (final - peak) * t
     if recipe.schedule == "step":
-        return peak * recipe.step_gamma ** (step / steps_per_epoch // recipe.step_epochs)
+        try:
+            return min(sys.float_info.max, peak * recipe.step_gamma ** (step / steps_per_epoch // recipe.step_epochs))
+        except OverflowError:  # of a gamma above 1, far from here
+            return sys.float_info.max
     if recipe.schedule == "flat_cosine":
         flat = max(recipe.flat_ratio, recipe.warmup_ratio)
         t = max(0.0, (step / total - flat) / (1 - flat))
@@ -61,6 +65,8 @@ def eval_size_at(recipe: Recipe, epoch: int) -> int:
 
 
 def size_plan(recipe: Recipe) -> list[tuple[int, int]]:
-    "(first epoch, size) of each part with one size, from epoch 0."
-    sizes = [size_at(recipe, epoch) for epoch in range(recipe.epochs)]
-    return [(epoch, size) for epoch, size in enumerate(sizes) if epoch == 0 or size != sizes[epoch - 1]]
+    "(first epoch, size) of each part with one size, from epoch 0; as quick for a million epochs as for ten."
+    parts = len(recipe.image_sizes[-recipe.epochs :])
+    firsts = [-(-part * recipe.epochs // parts) for part in range(parts)]  # where `size_at` takes the next one
+    sizes = [size_at(recipe, epoch) for epoch in firsts]
+    return [(epoch, size) for epoch, size, before in zip(firsts, sizes, [0, *sizes]) if size != before]

@@ -25,7 +25,7 @@ from .index import Index
 from .sampler import PAD, EvalSampler, MicrobatchSampler, SampleKey
 from .splits import load_data, prepare_data
 from .transforms import draw_changes, load_eval, load_train
-from ..schedule import size_at, eval_size_at
+from ..schedule import eval_size_at, size_at, size_plan
 from ..seed import digest
 from ..watch import die_with_parent
 
@@ -188,7 +188,7 @@ def make_loader(
     trainer: L.Trainer | None,  # None: used by hand; workers then end with signals, as those of any loader
 ) -> KeyedLoader:
     "The loader of a run, with buffers that hold its largest microbatch."
-    largest = max(sampler.size_at(epoch) for epoch in range(config.recipe.epochs))  # px
+    largest = max(sampler.size_at(epoch) for epoch, _ in size_plan(config.recipe))  # px
     return KeyedLoader(
         images,
         sampler,

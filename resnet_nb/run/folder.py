@@ -72,6 +72,11 @@ def run_identity(config: RunConfig) -> dict:
 def make_run_dir(name: str) -> Path:
     "The folder of the run `name`, made where it is not there; ValueError where that can't be, DiskFull where there is no room."
     run_dir = run_path(name)
+    others = [path.name for path in run_dir.parent.glob("*/") if path.name.casefold() == name.casefold()]
+    if others and name not in others:  # one folder on a disk that ignores case, as a Mac's does
+        raise ValueError(
+            f"run name {name!r} differs from that of run {others[0]!r} in case alone; choose another name, or take {others[0]!r}"
+        )
     try:
         with told_if_full(run_dir, SPARE):
             for folder in ("checkpoints", "logs"):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_DEVICES', 'COUNTERS', 'STEP_SIZES', 'BUFFERS', 'FILES', 'ask_torch', 'find_devices', 'settle', 'has_kernels',
            'validate_hardware', 'oom_kills', 'memory_remedy', 'step_size', 'checkpoint_bytes', 'step_memory', 'Check',
-           'check_lines', 'check_machine', 'insist']
+           'check_lines', 'check_limits', 'check_machine', 'insist']
 
 # %% ../../nbs/run/00_hardware.ipynb #imports
 import ctypes
@@ -196,7 +196,7 @@ def check_lines(checks: list[Check]) -> list[str]:
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.0f} MB"
 
 
 def _folder_of_runs() -> Path:
@@ -266,7 +266,7 @@ BUFFERS = 4  # of each data worker, as in data.datamodule
 FILES = 64  # that a process has open beside data and workers
 
 
-def _check_limits(config: RunConfig, containers: int) -> list[Check]:
+def check_limits(config: RunConfig, containers: int) -> list[Check]:
     "Shared memory for the data workers' buffers, and open files."
     r, workers, checks = config.recipe, int(config.hardware.num_workers), []
     room = config.world_size * workers * BUFFERS * r.microbatch_size * 3
@@ -293,7 +293,7 @@ def check_machine(
         *_check_devices(config, found),
         _check_memory(config, found, step_memory(config, *size)),
         *_check_folder(checkpoint_bytes(config, size[0])),
-        *_check_limits(config, containers),
+        *check_limits(config, containers),
     ]
 
 

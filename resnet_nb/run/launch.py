@@ -52,9 +52,11 @@ from ..schedule import size_plan
 from ..watch import GRACE, PARENT_GONE, PATIENCE, PRIVATE, SLOW, end_ranks, late, late_ranks
 
 # %% ../../nbs/run/06_launch.ipynb #command
-def command(run_dir: Path, world_size: int, private: Path | None = None) -> list[str]:
-    "How the ranks of a run are started; they meet in the folder `private`, one that is made here where none is given."
-    worker = ["-m", "resnet_nb.watch", "-m", "resnet_nb.run.worker", str(run_dir)]
+def command(run_dir: Path, world_size: int, private: Path | None = None, module: str = "resnet_nb.run.worker", *more: str) -> list[str]:
+    """How the ranks of a run are started: `module`, with the folder and what else it takes.
+
+    They meet in the folder `private`, one that is made here where none is given."""
+    worker = ["-m", "resnet_nb.watch", "-m", module, str(run_dir), *more]
     if world_size == 1:
         return [sys.executable, *worker]
     private = private or Path(tempfile.mkdtemp(prefix="resnet-nb-"))

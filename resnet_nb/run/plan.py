@@ -35,7 +35,7 @@ from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from .checkpoints import weights_source
-from .hardware import NO_DEVICES, ask_torch, check_machine, find_devices, insist, settle
+from .hardware import NO_DEVICES, ask_torch, check_limits, check_machine, find_devices, insist, settle
 from .folder import load_config, run_path
 from ..schedule import size_plan
 from ..seed import STREAM_VERSION
@@ -158,6 +158,7 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
     prepare_data(config.recipe.dataset, config.data_dir)
     r = config.recipe
     train, val, _ = load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)
+    insist(check_limits(config, len(train.containers)))
     if problem := one_class_problem(train) or pack_problem(config.data_dir, max(*r.image_sizes, r.test_size or 0)):
         raise ValueError(problem)
     validate_weights(r, len(train.classes))

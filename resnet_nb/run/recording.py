@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'unheld_line', 'model_info', 'TextLoggingCallback',
-           'DataWaitProfiler', 'EpochClock', 'record', 'WaitingSteps', 'exact_seconds', 'check_loss', 'explain',
-           'MetricsCallback', 'run_fields', 'GraphCallback']
+           'DataWaitProfiler', 'EpochClock', 'peak_memory', 'record', 'WaitingSteps', 'exact_seconds', 'check_loss',
+           'explain', 'MetricsCallback', 'run_fields', 'GraphCallback']
 
 # %% ../../nbs/run/02_recording.ipynb #imports
 import copy
 import math
+import resource
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -172,6 +174,13 @@ class EpochClock:
         }
         return speed if exact is None else speed | {"exact_seconds": round(exact - self._exact, 3)}
 
+# %% ../../nbs/run/02_recording.ipynb #peak_memory
+def peak_memory(device: torch.device) -> int:
+    "Bytes that this process has had at most: on its CUDA device, else in the machine's memory."
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 # %% ../../nbs/run/02_recording.ipynb #WaitingSteps
 def record(run_dir: Path, logger, rows: list[dict]) -> None:
     "Append `rows` to metrics.jsonl, and to TensorBoard's curves; a step's numbers stand where it began, as its learning rate does."
@@ -281,6 +290,7 @@ class MetricsCallback(L.Callback):
         wait = torch.tensor(self.clock.waited / self.clock.seconds, device=module.device)
         speed = self.clock.numbers(float(trainer.strategy.reduce(wait, reduce_op="mean")), exact_seconds(module))
         train, val = ({name: value for name, value in module.numbers.items() if name.startswith(stage)} for stage in ("train/", "val/"))
+        speed["peak_memory"] = peak_memory(module.device)  # of rank zero
         if steps := int(module.step_sums.unheld):
             train["steps_without_stats"] = steps
         self._record(trainer, self._row(trainer, "epoch", **train, **speed), self._row(trainer, "val", **val))
