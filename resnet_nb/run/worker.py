@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['set_threads', 'validate_exact', 'cpu_model', 'onednn_isa', 'numerics_class', 'device_facts', 'data_facts',
-           'record_manifest', 'loaded_line', 'make_trainer', 'run_rank', 'main']
+           'record_manifest', 'loaded_line', 'make_trainer', 'run_rank', 'quiet', 'main']
 
 # %% ../../nbs/run/04_worker.ipynb #imports
 import ctypes
@@ -274,7 +274,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     return outcome
 
 # %% ../../nbs/run/04_worker.ipynb #main
-def _quiet() -> None:
+def quiet() -> None:
     "Keep out of the logs what says nothing about this run."
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
@@ -294,7 +294,7 @@ def main(run_dir: str) -> int:
     log = os.open(f"{stem}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _quiet()
+    quiet()
     held = hold_as_rank(run_dir)  # until this process ends
     try:
         print(run_rank(run_dir, attempt), flush=True)
