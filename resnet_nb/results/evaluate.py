@@ -158,10 +158,11 @@ def _answers(
 # %% ../../nbs/results/01_evaluate.ipynb #share_out
 def _validate_devices(device: str, devices: int) -> None:
     "ValueError where there are not so many devices of this kind."
-    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.partition(":")[0], max(1, devices))
+    kind = device.partition(":")[0]
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, max(1, devices))
     if not 1 <= devices <= there:
-        some = f" to {there}" * (there > 1)
-        raise ValueError(f"devices={devices}: on {device!r} needs 1{some}; on 'cpu' any number of processes shares the cores")
+        what = f"devices={devices}: on {device!r} needs {'1 to ' * (there > 1)}{there}" if there else f"device={device!r}: this machine has none"
+        raise ValueError(f"{what}; on 'cpu' any number of processes shares the cores")
 
 
 def predict(

@@ -132,5 +132,6 @@ def plot_predictions(table: pa.Table, rows: int = 8) -> Figure:
         right.set(xlim=(0, 1))
         right.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         right.tick_params(axis="x", labelsize=6)
-    fig.supxlabel("probability", fontsize=7)
+    if readable := [right for (_, right), row in zip(axes, shown) if not row["problem"]]:
+        readable[-1].set_xlabel("probability", fontsize=7)
     return fig
