@@ -21,7 +21,7 @@ class build_with_pages(build_py):
         if not self.editable_mode:
             pages = Path(self.build_lib) / package / "nbs"
             pages.mkdir(parents=True, exist_ok=True)
-            for name in ("train.ipynb", "explore.ipynb", "evaluate.ipynb", "check.ipynb"):
+            for name in ("train.ipynb", "explore.ipynb", "lr_find.ipynb", "evaluate.ipynb", "check.ipynb"):
                 shutil.copy(Path(settings["nbs_path"]) / name, pages)
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT', 'ENDS', 'STOPPED', 'GOES_ON', 'RUN', 'WHICH', 'JSON', 'PACKAGE', 'read_options', 'Interrupted', 'main',
            'notebook', 'execute', 'make_page', 'kind', 'train', 'seeds', 'runs', 'plot', 'follow', 'stop', 'explore',
-           'evaluate', 'predict', 'compare', 'export_run', 'recipes', 'show_recipe', 'hw', 'show_hardware', 'verify',
-           'reproduce', 'check', 'data', 'check_hw', 'make_pack']
+           'lr_find', 'evaluate', 'predict', 'compare', 'export_run', 'recipes', 'show_recipe', 'hw', 'show_hardware',
+           'verify', 'reproduce', 'check', 'data', 'check_hw', 'make_pack']
 
 # %% ../nbs/90_cli.ipynb #imports
 import contextlib
@@ -24,6 +24,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
+import numpy as np
 
 from resnet_nb.config import (
     HARDWARE,
@@ -31,6 +32,7 @@ from resnet_nb.config import (
     Hardware,
     Parameters,
     Recipe,
+    RunConfig,
     as_yaml,
     checked,
     hardware_lines,
@@ -45,13 +47,13 @@ from .data.inspect import inspect_data, summary
 from .data.pack import pack
 from .data.splits import drawn_line, index_data
 from .files import DiskFull, is_full
-from .results.compare import compare_runs, exit_code, verify_run, what_differs
+from .results.compare import compare_runs, exit_code, first_difference_lines, verify_run, what_differs
 from .run import launch
 from .run.forecast import forecast, forecast_lines, keep_forecast, measure, parity_config
 from .run.forecast import parity as run_parity
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, mend_status, read_status, run_path
 from .run.hardware import check_lines, check_machine
-from .run.plan import WRITTEN_RUN, resolve, validate
+from .run.plan import WRITTEN_RUN, describe, resolve, validate
 
 # %% ../nbs/90_cli.ipynb #read_options
 TEXT = {name for name, field in Parameters.model_fields.items() if field.annotation is str}
@@ -480,33 +482,69 @@ def stop(run):
 # %% ../nbs/90_cli.ipynb #explore-command
 @main.command()
 @_options
-def explore(p, r, y, f):
+@JSON
+def explore(p, r, y, f, as_json):
     "Look at data and plan before a run: nbs/explore.ipynb with these parameters, as `train` takes them."
     config = resolve(read_options(p, r, y, f))
-    validate(config)
-    page = cache_dir(config.data_dir) / "explore.ipynb"
+    train, val = validate(config)
+    if as_json:
+        counts = [np.bincount(index.labels, minlength=len(train.classes)).tolist() for index in (train, val)]
+        classes = [{"class": name, "train": n, "val": m} for name, n, m in zip(train.titles, *counts)]
+        click.echo(json.dumps({**describe(config, train, val), "classes": classes, "recipe": config.recipe.model_dump()}, indent=2))
+        return
+    _data_page("explore.ipynb", config)
+
+
+def _data_page(name: str, config: RunConfig, **parameters) -> None:
+    "Execute a page about a run that is not begun, into the folder of what is known of its data."
+    page = cache_dir(config.data_dir) / name
     page.parent.mkdir(parents=True, exist_ok=True)
-    make_page(
-        notebook("explore.ipynb"),
-        page,
-        config.parameters.model_dump() | {"data_dir": config.data_dir, "recipe": config.parameters.recipe or config.recipe_name},
-    )
+    given = config.parameters.model_dump() | {"data_dir": config.data_dir, "recipe": config.parameters.recipe or config.recipe_name}
+    make_page(notebook(name), page, given | parameters)
     click.echo(f"page: {_shown(page)}")
+
+# %% ../nbs/90_cli.ipynb #lr-find-command
+@main.command("lr-find")
+@_options
+@JSON
+@click.option("--size", default=0, type=click.IntRange(0), help="Of the images, in px; the recipe's smallest if not given.")
+@click.option("--lowest", default=1e-5, show_default=True, help="Learning rate of the first step.")
+@click.option("--highest", default=10.0, show_default=True, help="Learning rate of the last step.")
+@click.option("--steps", default=100, show_default=True, type=click.IntRange(10), help="At most: it ends where the loss diverges.")
+@click.option("--page/--no-page", default=False, help="Make the notebook page.")
+def lr_find(p, r, y, f, as_json, page, **how):
+    "Suggest a learning rate: train for some steps at one that rises, without a run. Ctrl-C ends it with what was found so far."
+    config = resolve(read_options(p, r, y, f))
+    train, _ = validate(config)
+    if page and not as_json:
+        _data_page("lr_find.ipynb", config, **how)
+        return
+    from resnet_nb.results import lr_find as results
+    from resnet_nb.results.plots import save_figure
+
+    found, stem = results.range_test(config, train, **how), cache_dir(config.data_dir) / "lr_find"
+    save_figure(results.plot_range(found), stem)
+    click.echo(json.dumps(found.as_plain(), indent=2) if as_json else "\n".join([*found.lines(), f"figure: {_shown(stem)}.png"]))
 
 # %% ../nbs/90_cli.ipynb #evaluate-command
 @main.command()
-@RUN
+@click.argument("run")
 @WHICH
 @JSON
 @click.option("--split", default="val", show_default=True, type=click.Choice(["val", "test", "train"]))
 @click.option("--data-dir", default="", help="Other pictures of the same classes; the run's own if not given.")
+@click.option("--arch", default="", help="RUN is a file of weights of this architecture; needs --data-dir.")
 @click.option("--image-size", default=0, type=click.IntRange(0), help="Of the test images, in px; the run's own if not given.")
+@click.option("--device", default="", type=click.Choice(["", "cpu", "cuda", "mps"]), help="The fastest here if not given.")
+@click.option("--devices", default=1, show_default=True, type=click.IntRange(1), help="Processes that share the work, one device each.")
+@click.option("--num-threads", default=0, type=click.IntRange(0), help="CPU threads of each process; with equal threads, equal numbers.")
 @click.option("--page/--no-page", default=True, help="Make the notebook page with figures.")
-def evaluate(run, which, as_json, split, data_dir, image_size, page):
+def evaluate(run, as_json, page, **given):
     "Judge the checkpoint of RUN: numbers with 95 % intervals, and a table of its answers, in the run's folder."
     from resnet_nb.results import evaluate as results
 
-    given = {"split": split, "which": which, "data_dir": data_dir and str(Path(data_dir).resolve()), "image_size": image_size}
+    run = str(Path(run).resolve()) if given["arch"] and Path(run).exists() else run if given["arch"] else str(_find_run(run))
+    given["data_dir"] = given["data_dir"] and str(Path(given["data_dir"]).resolve())
     if as_json or not page:
         numbers = results.evaluate(run, **given).numbers
         lines = results.number_lines(numbers)
@@ -514,11 +552,13 @@ def evaluate(run, which, as_json, split, data_dir, image_size, page):
         return
     import papermill
 
+    page = results.kept_in(run, given["data_dir"], given["arch"]) / "evaluate.ipynb"
+    page.parent.mkdir(parents=True, exist_ok=True)
     try:
-        make_page(notebook("evaluate.ipynb"), run / "evaluate.ipynb", {"run": str(run), "formats": [], **given})
+        make_page(notebook("evaluate.ipynb"), page, {"run": run, "formats": [], **given})
     except papermill.exceptions.PapermillExecutionError as error:
         raise ValueError(error.evalue) from None
-    click.echo(f"page: {_shown(run / 'evaluate.ipynb')}")
+    click.echo(f"page: {_shown(page)}")
 
 # %% ../nbs/90_cli.ipynb #predict-command
 @main.command()
@@ -532,8 +572,8 @@ def predict(run, pictures, which, as_json, top, out):
     "Say what RUN sees in PICTURES, files and folders; one that can't be read is named, and ends nothing."
     from resnet_nb.results import evaluate as results
 
-    if out and Path(out).suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out {out!r} ends in neither .csv nor .parquet")
+    if out:
+        results.table_ending(Path(out))
     table = results.predict_files(results.load_network(run, which), pictures, top)
     if out:
         results.write_table(table, Path(out))
@@ -546,23 +586,29 @@ def predict(run, pictures, which, as_json, top, out):
 
 # %% ../nbs/90_cli.ipynb #compare-command
 @main.command()
-@click.argument("a", callback=lambda context, option, value: _find_run(value))
-@click.argument("b", callback=lambda context, option, value: _find_run(value))
+@click.argument("runs", nargs=-1, required=True, callback=lambda context, option, value: [_find_run(name) for name in value])
 @JSON
 @click.option("--split", default="val", show_default=True, type=click.Choice(["val", "test", "train"]))
-def compare(a, b, as_json, split):
-    "Say what was different about runs A and B, and which is better on the same pictures. Whether they are the same says verify."
+def compare(runs, as_json, split):
+    "Say what was different about two or more RUNS, where they part, and whether the others are better than the first on the same pictures."
     from resnet_nb.results import evaluate as results
 
-    differs, judged = what_differs(a, b), [results.evaluate(run, split) for run in (a, b)]
-    found = results.paired(*judged)
+    if len(runs) < 2:
+        raise ValueError(f"only {runs[0].name!r} is given; to compare takes two runs or more")
+    differs, judged = what_differs(*runs), [results.evaluate(run, split) for run in runs]
+    others = [
+        {"run": run.name, "paired": results.paired(judged[0], one), "parts": first_difference_lines(runs[0], run)}
+        for run, one in zip(runs[1:], judged[1:])
+    ]
     if as_json:
-        top = {run.name: results.as_plain(one.numbers)["top1"] for run, one in zip((a, b), judged)}
-        click.echo(json.dumps({"differs": differs, "top1": top, "paired": found}, indent=2))
+        top = [{"run": run.name, "top1": results.as_plain(one.numbers)["top1"]} for run, one in zip(runs, judged)]
+        click.echo(json.dumps({"differs": differs, "top1": top, "others": others}, indent=2))
         return
-    lines = [f"{name}: {one} and {other}" for name, one, other in differs]
-    lines += [f"{run.name}: top-1 {one.numbers['top1']}" for run, one in zip((a, b), judged)]
-    click.echo("\n".join([*lines, results.paired_line(a.name, b.name, found)]))
+    lines = [f"{name}: {' and '.join(values)}" for name, *values in differs]
+    lines += [f"{run.name}: top-1 {one.numbers['top1']}" for run, one in zip(runs, judged)]
+    for other in others:
+        lines += [results.paired_line(runs[0].name, other["run"], other["paired"]), *other["parts"]]
+    click.echo("\n".join(lines))
 
 # %% ../nbs/90_cli.ipynb #export-command
 @main.command("export")
@@ -593,51 +639,64 @@ def export_run(run, which, as_json, formats, out, pixels_in, data_dir):
 
 # %% ../nbs/90_cli.ipynb #recipes-commands
 @main.group(invoke_without_command=True)
+@JSON
 @click.pass_context
-def recipes(context):
+def recipes(context, as_json):
     "List the recipes, with the accuracy that each has reached; `recipes show NAME` prints one in full."
     if context.invoked_subcommand is None:
-        click.echo("\n".join(recipe_lines()))
+        named = {name: recipe.model_dump() for name, recipe in RECIPES.items()}
+        click.echo(json.dumps(named, indent=2) if as_json else "\n".join(recipe_lines()))
 
 
 @recipes.command("show")
 @click.argument("name")
-def show_recipe(name):
+@JSON
+def show_recipe(name, as_json):
     "Print recipe NAME as a YAML file: keep `base:` and the lines that should differ, and train with -p recipe FILE."
     _, recipe, _ = read_recipe(name)
+    if as_json:
+        click.echo(json.dumps(recipe.model_dump(), indent=2))
+        return
     click.echo(as_yaml(recipe, base=name if name in RECIPES else next(iter(RECIPES))), nl=False)
 
 
 @main.group(invoke_without_command=True)
+@JSON
 @click.pass_context
-def hw(context):
+def hw(context, as_json):
     "List the hardware profiles; `hw show NAME` prints one in full."
     if context.invoked_subcommand is None:
-        click.echo("\n".join(hardware_lines()))
+        named = {name: hardware.model_dump() for name, hardware in HARDWARE.items()}
+        click.echo(json.dumps(named, indent=2) if as_json else "\n".join(hardware_lines()))
 
 
 @hw.command("show")
 @click.argument("name")
-def show_hardware(name):
+@JSON
+def show_hardware(name, as_json):
     "Print hardware profile NAME, whose fields are changed with -y '{overrides: {FIELD: VALUE}}'."
     if name not in HARDWARE:
         raise ValueError(f"unknown hw {name!r}; {nearest(name, HARDWARE)}")
-    click.echo(as_yaml(HARDWARE[name]), nl=False)
+    click.echo(json.dumps(HARDWARE[name].model_dump(), indent=2) + "\n" if as_json else as_yaml(HARDWARE[name]), nl=False)
 
-# %% ../nbs/90_cli.ipynb #verify-commands
-def _report(findings) -> None:
+# %% ../nbs/90_cli.ipynb #report
+def _report(findings, as_json: bool) -> None:
     words = ("same", "DIFFERS", "NOT COMPARABLE", "DAMAGED")
-    for finding in findings:
+    if as_json:
+        rows = [{"level": finding.level, "verdict": words[finding.verdict].lower(), "text": finding.text} for finding in findings]
+        click.echo(json.dumps({"verdict": words[exit_code(findings)].lower(), "findings": rows}, indent=2))
+    for finding in findings if not as_json else ():
         click.echo(f"{finding.level:<12} {words[finding.verdict]:<15} {finding.text}")
     raise click.exceptions.Exit(exit_code(findings))
 
-
+# %% ../nbs/90_cli.ipynb #verify-commands
 @main.command()
 @click.argument("a", callback=lambda context, option, value: _find_run(value, damaged=True))
 @click.argument("b", required=False, callback=lambda context, option, value: value and _find_run(value, damaged=True))
-def verify(a, b):
+@JSON
+def verify(a, b, as_json):
     "Compare run A with run B, or check A by itself, from their folders alone."
-    _report(compare_runs(a, b) if b else verify_run(a))
+    _report(compare_runs(a, b) if b else verify_run(a), as_json)
 
 
 @main.command()
@@ -645,7 +704,8 @@ def verify(a, b):
 @click.option("--hw", default="", help="Hardware profile of the new run; the same if not given.")
 @click.option("--name", default="", help="Name of the new run; NAME-again if not given.")
 @click.option("-y", default="{}", metavar="YAML", help="Hardware fields to change, for instance '{devices: 4}'.")
-def reproduce(run, hw, name, y):
+@JSON
+def reproduce(run, hw, name, y, as_json):
     "Run RUN again into a new folder, and compare the two."
     old = load_config(run)
     recipe = old.recipe.model_dump()  # in full: what its name means may have changed since
@@ -664,7 +724,8 @@ def reproduce(run, hw, name, y):
     }
     config = resolve(checked(Parameters, old.parameters.model_dump() | wish), old=old)
     validate(config)
-    _report(compare_runs(run, launch.train(config, click.echo)))
+    again = launch.train(config, lambda line: click.echo(line, err=as_json))
+    _report(compare_runs(run, again), as_json)
 
 # %% ../nbs/90_cli.ipynb #check-command
 @main.group()
@@ -679,13 +740,15 @@ def check():
     "--val-share", default=0.0, type=click.FloatRange(0, 0.5), help="Show the validation set that a run with this share would draw."
 )
 @click.option("--group", default="", help="Pictures that stay together then: 'folder', or a regular expression.")
-def data(data_dir, page, val_share, group):
+@JSON
+def data(data_dir, page, val_share, group, as_json):
     "Decode every picture in DATA_DIR once, and report what is bad or odd. Exit code 1 where something should be mended."
     report = inspect_data(data_dir)
-    for line in summary(report):
-        click.echo(line)
-    if val_share:
-        click.echo(drawn_line(*index_data(data_dir, val_share, group), val_share))
+    drawn = [drawn_line(*index_data(data_dir, val_share, group), val_share)] if val_share else []
+    if as_json:
+        click.echo(json.dumps(report | {"drawn": drawn}, indent=2))
+        raise click.exceptions.Exit(bool(report["problems"]))
+    click.echo("\n".join([*summary(report), *drawn]))
     folder = cache_dir(data_dir)
     click.echo(f"report: {_shown(folder / 'inspection.json')}")
     if page:

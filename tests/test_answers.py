@@ -9,10 +9,12 @@ import sys
 import nbformat
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import NUM_VAL
 
 from resnet_nb.cli import main
+from resnet_nb.data.index import cache_dir
 from resnet_nb.files import read_json
 from resnet_nb.results.evaluate import evaluate, load_network, predict_files
 from resnet_nb.run.folder import best_epoch
@@ -118,5 +120,23 @@ def test_the_model_card_says_what_the_run_was(one, tmp_path):
 def test_two_runs_are_compared_on_the_same_pictures(one, two):
     found = json.loads(typed("compare", one, two, "--json"))
     assert [name for name, *_ in found["differs"] if name == "run: hw"] and not [n for n, *_ in found["differs"] if n == "recipe: epochs"]
-    assert found["paired"]["pictures"] == NUM_VAL and found["paired"]["p"] == 1.0  # the same weights up to rounding
+    (other,) = found["others"]
+    assert other["paired"]["pictures"] == NUM_VAL and other["paired"]["p"] == 1.0  # the same weights up to rounding
+    assert "digest is the same in all 12 steps" in other["parts"][0] and "first differs" in " ".join(other["parts"])
     assert f"on the same {NUM_VAL} pictures both are right as often" in typed("compare", one, two)
+
+
+def test_three_runs_are_compared_with_the_first(one, two):
+    assert len(json.loads(typed("compare", one, two, one, "--json"))["others"]) == 2
+    said = typed("compare", one, two, one)
+    assert said.count("on the same 23 pictures") == 2 and "0.00 points" in said
+    assert "to compare takes two runs or more" in typed("compare", one, fails=True)
+
+
+def test_a_file_of_weights_is_judged_as_the_run_that_it_comes_from(one, data, tmp_path):
+    network = load_network(one)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    words = ["--data-dir", data, "--image-size", network.preprocess.size, "--no-page"]
+    assert "say where they are, with data_dir" in typed("evaluate", tmp_path / "w.pth", "--arch", "resnet18", "--no-page", fails=True)
+    assert "23 pictures, each asked once" in typed("evaluate", tmp_path / "w.pth", "--arch", "resnet18", *words)
+    assert read_json(cache_dir(data) / "evaluation of w.pth" / "evaluation.json")["weights"] == "w.pth"

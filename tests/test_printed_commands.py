@@ -56,6 +56,7 @@ RUN = {
     "resnet-nb verify A B": ("", "same"),
     "resnet-nb reproduce A": (" --name {new}", "same"),
     "resnet-nb explore -p recipe photos -p data_dir ~/pets": (OWN, "page: "),
+    "resnet-nb lr-find -p recipe photos -p data_dir ~/pets": (f"{OWN} --steps 10", "figure: "),
     "resnet-nb seeds -p hw cpu2 --count 3 --variant '{flip: 0.5}' --variant '{flip: alternating}'": (
         f" --count 1 -p recipe digits -r name seeds -p data_dir {{data}} -y '{ONE_EPOCH}'",
         "flip: alternating  ",

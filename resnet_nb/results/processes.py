@@ -7,6 +7,7 @@ __all__ = ['threads', 'in_processes']
 
 # %% ../../nbs/results/00_processes.ipynb #imports
 import logging
+import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,10 +29,12 @@ def threads(count: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
 
-# %% ../../nbs/results/00_processes.ipynb #in_processes
-def _process(rank: int, folder: str, work: Callable) -> None:
+# %% ../../nbs/results/00_processes.ipynb #process
+def _process(rank: int, folder: str, work: Callable, parent: int) -> None:
     "What a process runs: `work`, with what lies in `folder`; its result, or a sentence for the person, goes there too."
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # it was ignored until here; now its parent's end, of which SIGINT tells, ends it silently
+    if os.getppid() != parent:  # which has ended already, while this process began
+        return
     given = torch.load(f"{folder}/given", map_location="cpu", weights_only=False)
     try:
         result = work(rank, *given)
@@ -45,11 +48,11 @@ def _start(work: Callable, count: int, folder: str):
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it would tell which processes it ends after one has failed
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return start_processes(_process, (folder, work), count, join=False, start_method="spawn")
+        return start_processes(_process, (folder, work, os.getpid()), count, join=False, start_method="spawn")
     finally:
         signal.signal(signal.SIGINT, before)
 
-
+# %% ../../nbs/results/00_processes.ipynb #in_processes
 def in_processes(
     work: Callable,  # of a module that can be imported: work(rank, *given)
     count: int,  # of processes

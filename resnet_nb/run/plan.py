@@ -10,7 +10,7 @@ __all__ = ['USUAL', 'WRITTEN_RUN', 'resolve', 'read_parameters', 'validate_arch'
 import ast
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,22 +102,23 @@ def _assigned(source: str) -> set[str]:
 
 
 @one_sentence
-def read_parameters(namespace: dict[str, Any]) -> Parameters:
+def read_parameters(
+    namespace: dict[str, Any],
+    also: Iterable[str] = (),  # names of a notebook's further parameters, which it reads itself
+) -> Parameters:
     """The parameters among a notebook's names; raises ValueError for a plain value under any other name,
     and whenever the cell that was run with them has one."""
     plain = (str, int, float, list, dict, type(None))
-    names = Parameters.model_fields
+    names = {*Parameters.model_fields, *also}
     first = not namespace.setdefault("_parameters_are_read", False)  # later the notebook has names of its own
     namespace["_parameters_are_read"] = True
     for name, value in namespace.items() if first else ():
         if isinstance(value, plain) and name not in names and name not in ("In", "Out") and not name.startswith("_"):
             raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
     cells = (_assigned(source) for source in reversed(namespace.get("In", [])))
-    for name in sorted(
-        next((cell for cell in cells if cell & names.keys()), set()) - names.keys()
-    ):  # the cell of parameters as it ran last
+    for name in sorted(next((cell for cell in cells if cell & names), set()) - names):  # the cell of parameters as it ran last
         raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
-    given = {name: namespace[name] for name in names if name in namespace}
+    given = {name: namespace[name] for name in Parameters.model_fields if name in namespace}
     for name in ("hw", "recipe", "name", "data_dir"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'NO_MEMORY', 'set_threads', 'validate_exact', 'cpu_model', 'onednn_isa', 'numerics_class', 'device_facts',
            'data_facts', 'record_manifest', 'loaded_line', 'check_contents', 'join_ranks', 'make_trainer', 'run_rank',
-           'describe_error', 'main']
+           'describe_error', 'quiet', 'main']
 
 # %% ../../nbs/run/04_worker.ipynb #imports
 import atexit
@@ -337,7 +337,7 @@ def describe_error(run_dir: Path, error: BaseException) -> str:
     return f"{kind}: {text}"
 
 # %% ../../nbs/run/04_worker.ipynb #main
-def _quiet() -> None:
+def quiet() -> None:
     "Keep out of the logs what says nothing about this run."
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
@@ -357,7 +357,7 @@ def main(run_dir: str) -> int:
     log = os.open(f"{stem}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    _quiet()
+    quiet()
     held, report = hold_as_rank(run_dir), Path(f"{stem}.error.json")  # held until this process ends
     try:
         keep_spare(report)

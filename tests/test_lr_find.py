@@ -1,0 +1,71 @@
+"""The range test as a person starts it: it leaves no run, ends with what was found at Ctrl-C, and its rates train."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL, run_here
+
+from resnet_nb.results.lr_find import range_test, suggest
+from resnet_nb.run.folder import read_rows
+from resnet_nb.run.plan import validate
+
+TEST = [Path(sys.executable).parent / "resnet-nb", "lr-find", "-p", "recipe", "digits"]
+ON_CPU = ["-y", json.dumps({"overrides": SMALL | {"accelerator": "cpu"}})]
+
+
+@pytest.fixture(scope="module")
+def found(make_config):
+    config = make_config("never", "local")
+    return range_test(config, validate(config)[0], steps=60)
+
+
+def test_a_suggested_rate_trains_and_one_from_the_end_does_not(found, make_config):
+    suggestions, problem = suggest(found.rates, found.losses)
+    assert [s.name for s in suggestions] == ["steepest", "minimum"] and not problem and found.ended == "the loss diverged"
+
+    def last_loss(name, rate):
+        run_dir, _ = run_here(make_config(name, "local", peak_lr=rate, image_sizes=[16], epochs=8))
+        return read_rows(run_dir, "epoch")[-1]["train/loss"]
+
+    start = found.losses[:5].mean()
+    assert all(last_loss(s.name, s.peak_lr) < 0.8 * start for s in suggestions)
+    assert not last_loss("wild", float(found.rates[-1])) < 0.8 * start  # the control
+
+
+def test_no_run_is_made_and_nothing_of_one_is_touched(one, data, home):
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
+    said = subprocess.check_output([*TEST, "-p", "data_dir", data, *ON_CPU, "--steps", "20", "--json"], text=True)
+    assert len(json.loads(said)["losses"]) <= 20
+    assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")} == before
+
+
+def test_ctrl_c_tells_what_was_found_so_far(data):
+    test = subprocess.Popen(
+        [*TEST, "-p", "data_dir", data, *ON_CPU, "--steps", "100000", "--highest", "1e-4"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(30)
+    deadline = time.monotonic() + 120
+    os.killpg(test.pid, signal.SIGINT)  # as a terminal does
+    while test.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    test.kill()
+    said, errors = test.communicate()
+    assert "it was interrupted" in said and "steps at 16 px" in said, errors
+    assert "Traceback" not in errors
+
+
+def test_what_the_recipe_freezes_stays_frozen_and_its_optimizer_is_used(make_config, one):
+    def losses(**overrides):
+        config = make_config("never", "local", weights=str(one), **overrides)
+        return range_test(config, validate(config)[0], lowest=1e-3, highest=1e-1, steps=12).losses.tolist()  # of three epochs
+
+    frozen = losses(freeze_epochs=1)
+    assert losses(freeze_epochs=3) == frozen != losses()  # the control learns with all its layers
+    assert losses(freeze_epochs=1, optimizer="radam") != frozen
