@@ -25,6 +25,7 @@ from typing import NamedTuple
 import psutil
 
 from ..config import Hardware, RunConfig, checked, project_root
+from ..files import DiskFull
 
 # %% ../../nbs/run/00_hardware.ipynb #ask_torch
 def ask_torch(expression: str):
@@ -242,10 +243,11 @@ def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
     )
 
 # %% ../../nbs/run/00_hardware.ipynb #check_folder
-def _check_folder(checkpoint: int) -> list[Check]:
+def _check_folder(config: RunConfig, checkpoint: int) -> list[Check]:
     "The folder of runs: room, and whether files can be written, renamed and locked there."
-    folder, needs = _folder_of_runs(), 4 * checkpoint  # the best, the last two, and the one that is being written
-    free = shutil.disk_usage(folder).free
+    folder = _folder_of_runs()
+    there = sum(path.stat().st_size for path in (folder / config.name / "checkpoints").glob("step-*/*"))
+    needs, free = max(0, 3 * checkpoint - there), shutil.disk_usage(folder).free  # the best, and the last two
     full = f"make room in {str(folder)!r}, or put runs elsewhere with $RESNET_NB_HOME"
     problem = ""
     try:
@@ -292,14 +294,15 @@ def check_machine(
     return [
         *_check_devices(config, found),
         _check_memory(config, found, step_memory(config, *size)),
-        *_check_folder(checkpoint_bytes(config, size[0])),
+        *_check_folder(config, checkpoint_bytes(config, size[0])),
         *check_limits(config, containers),
     ]
 
 
 def insist(checks: list[Check]) -> None:
-    "Raise ValueError for the first check that stops a run."
+    "Raise ValueError for the first check that stops a run; DiskFull where that is room on the disk."
     for check in checks:
         if check.problem and check.stops:
             short = f"{check.what}: this run needs {check.needs}, and there is {check.has}; "
-            raise ValueError(check.problem if check.what in ("devices", "run folder") else short + check.problem)
+            kind = DiskFull if check.what == "disk" else ValueError
+            raise kind(check.problem if check.what in ("devices", "run folder") else short + check.problem)
