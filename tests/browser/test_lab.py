@@ -26,7 +26,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here; on Debian: apt-get install chromium")
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 180  # for what a busy machine does late
+SECONDS = 600  # for what a busy machine does late
 SETTINGS = {  # of JupyterLab: no question about news; all cells in the page, so that a test finds what lies below the fold
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
@@ -168,10 +168,11 @@ class Notebook:
 
 @pytest.fixture
 def opened(browser, lab, project, shots, request):
-    """opened(path): a notebook of the project in a tab of its own."""
+    """opened(path): a notebook of the project in a tab of its own; with a source it is a copy of that one."""
     tabs = []
 
-    def open_one(path):
+    def open_one(path, source=None):
+        shutil.copy(ROOT / (source or path), project / path)  # as it was before JupyterLab saved another test's changes
         tabs.append(Notebook(browser, lab, path, shots, request.node.name.removeprefix("test_")))
         return tabs[-1]
 
@@ -286,8 +287,7 @@ def test_who_closes_the_tab_and_comes_back_is_led_to_the_run(opened, project, en
     tab.context.close()
     (name,) = (path.name for path in set((project / "runs").iterdir()) - before)
     assert gets_on(project, name)
-    shutil.copy(ROOT / "nbs" / "train.ipynb", project / "nbs" / "again.ipynb")  # another kernel, as after a restart
-    tab = opened("nbs/again.ipynb")
+    tab = opened("nbs/again.ipynb", "nbs/train.ipynb")  # with another kernel, as after a restart
     tab.write("hw: str", endless(seed=1))
     tab.run_all()
     tab.until("offer(config)", f'to see it, set name = "{name}" and run all')
