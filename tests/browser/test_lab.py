@@ -152,8 +152,12 @@ class Notebook:
         self.page.locator(".lm-MenuBar-itemLabel", has_text=re.compile(f"^{menu}$")).click()
         self.page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{item}$")).click()
 
+    def idle(self) -> None:
+        """Wait until there is a kernel that has nothing to do; before there is one, JupyterLab's indicator is idle, too, and Run All does nothing."""
+        self.page.locator("#jp-main-statusbar", has_text=re.compile(r"ipykernel\) \| Idle")).wait_for()
+
     def run_all(self) -> None:
-        self.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+        self.idle()
         self.menu("Run", "Run All Cells")
 
     def press(self, button: str) -> None:
@@ -252,7 +256,7 @@ def test_the_square_stops_a_run_and_the_cell_goes_on_with_it(opened, project, en
         tab.until(TRAIN, UNDER_WAY)
         tab.press("interrupt")
         wait(lambda: read_status(project / "runs" / "stopped")["status"] == "stopped", "the run to stop")
-        tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+        tab.idle()
         assert len(read_status(project / "runs" / "stopped")["attempts"]) == turn
         assert "resnet-nb train stopped goes on" in tab.says(TRAIN)
         tab.shot(f"{turn}-stopped", tab.cell(TRAIN))
@@ -269,7 +273,7 @@ def test_a_run_goes_on_when_the_kernel_is_restarted(opened, project, endless):
     tab.until(TRAIN, UNDER_WAY)
     tab.press("restart")
     tab.page.locator(".jp-Dialog .jp-mod-accept").click()
-    tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    tab.idle()
     tab.shot("1-restarted", tab.cell(TRAIN))
     try:
         assert gets_on(project, "restarted")
@@ -313,7 +317,7 @@ def test_a_misspelt_parameter_is_refused_at_every_run_of_the_cells(opened, proje
         tab.write(cell, "recipie = 'imagenette'\nhw = 'local'")
         tab.run_all()
         tab.until("offer(config)", "ValueError: unknown parameter 'recipie'; did you mean 'recipe'?")
-        tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+        tab.idle()
         tab.shot(f"{turn}-refused", tab.cell("offer(config)"))
         assert "Traceback" not in tab.says("offer(config)")
     assert set((project / "runs").iterdir()) == before
@@ -333,7 +337,7 @@ def test_a_run_is_evaluated(opened, finished):
     tab.write("run: str", f"run = {finished!r}\nsplit, which, data_dir, image_size, rows_shown, formats = 'val', 'best', '', 0, 1, []")
     tab.run_all()
     tab.until("evaluation = ", f"{finished}, val, best checkpoint")
-    tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    tab.idle()
     assert not tab.page.locator(FAULTS).count()
     for name in ("evaluation = ", "plot_confusion", "plot_calibration", "most_wrong(table)", "plot_sizes_tested", "export(run_dir"):
         tab.shot(f"2-{re.split('[ (]', name)[0]}", tab.cell(name))
@@ -358,7 +362,7 @@ def test_data_is_checked_and_a_bar_moves_meanwhile(opened, project):
     tab.write("data_dir: str", f"data_dir = {str(project / 'data' / 'small')!r}")
     tab.run_all()
     tab.until("inspected(data_dir)", "96 pictures of 4 classes(.|\n)*healthy")
-    tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    tab.idle()
     tab.shot("1-checked", tab.cell("plot_sizes"))
     assert not tab.page.locator(FAULTS).count() and not tab.page.locator("progress").count()
     waits = "import time\nfrom resnet_nb.bars import progress\nfor _ in progress('pictures', 20, iterable=range(20)): time.sleep(0.3)"
@@ -383,7 +387,7 @@ def test_the_index_shows_its_pictures_and_its_links_lead_to_pages(opened):
     assert {href: answer.status for href in local if (answer := tab.page.request.get(href)).status != 200} == {}
     assert all(image.evaluate("image => image.naturalWidth") for image in tab.page.locator(".jp-Notebook img").all())
     tab.run_all()
-    tab.page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
+    tab.idle()
     assert not tab.page.locator(FAULTS).count()
     tab.shot("2-run", tab.cell("plot_run"))
     links.get_by_text("exactness", exact=False).first.click()
