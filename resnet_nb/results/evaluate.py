@@ -383,7 +383,8 @@ def example_run(show: Callable[[str], None] = print, name: str = EXAMPLE, seed: 
         show(f"a short run on the digits is trained first, {name!r}")
         config = resolve(Parameters(recipe="digits", name=name, seed=seed, overrides=SHORT))
         validate(config)  # which makes the digits
-        launch.train(config, lambda line: show(line.rpartition(" |")[0]) if "|" in line else None)  # its epochs, without how fast they were
+        say = lambda line: show(line.rpartition(" |")[0]) if "|" in line else None  # its epochs, without how fast they were
+        launch.train(config, say, on_progress=lambda progress: True)  # and how far it has come
     return run_path(name)
 
 
