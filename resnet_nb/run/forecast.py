@@ -8,6 +8,7 @@ __all__ = ['WAITING', 'PARITY', 'DRIFT', 'tried', 'measure', 'forecast', 'foreca
 
 # %% ../../nbs/run/08_forecast.ipynb #imports
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -36,14 +37,16 @@ def tried(config: RunConfig, module: str, *more: str) -> Iterator[Path]:
             (run_dir / name).mkdir()
         write_json(run_dir / "config.json", config.model_dump(mode="json"))
         words, environment = command(run_dir, config.world_size, module, *more), _environment(1, config.world_size)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a SIGTERM, too, ends the ranks and removes the folder
         with open(run_dir / "logs" / "trial.log", "w", encoding="utf-8") as log:
             ranks = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
                 failed = ranks.wait()
             finally:
-                if ranks.poll() is None:  # Ctrl-C
+                if ranks.poll() is None:  # interrupted
                     ranks.terminate()
                     ranks.wait()
+                signal.signal(signal.SIGTERM, before)
         if failed:
             text = "".join(path.read_text(encoding="utf-8", errors="replace") for path in sorted((run_dir / "logs").glob("*.log")))
             said = re.search(r"^(?:\[rank\d+\]: ?)?(?:\w+\.)*((?:\w*Error|BadPicture): .+)$", text, re.MULTILINE)
@@ -134,7 +137,7 @@ PARITY = {
     "epochs": 1, "image_sizes": [32], "num_microbatches": 1, "microbatch_size": 72, "peak_lr": 0.003, "schedule": "linear", "warmup_ratio": 0.0,
     "devices": 1, "num_workers": 0,
 }  # fmt: skip
-DRIFT = 0.05  # of the losses, relative; measured: see tests/test_parity.py
+DRIFT = 0.1  # of the losses, relative: a CPU in bf16 came to 0.05 of itself in fp32, and what fp32 kernels round differently is far less
 
 
 def parity_config(**changes) -> RunConfig:
