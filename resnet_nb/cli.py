@@ -496,7 +496,7 @@ def data(data_dir, page, val_share, group):
             click.echo(f"the page could not be finished: {error.ename}: {error.evalue}", err=True)
     raise click.exceptions.Exit(bool(report["problems"]))
 
-
+# %% ../nbs/90_cli.ipynb #check-hw-command
 @check.command("hw")
 @click.argument("profile", default="")
 @_options
