@@ -761,7 +761,7 @@ def data(data_dir, page, val_share, group, as_json):
             click.echo(f"the page could not be finished: {error.ename}: {error.evalue}", err=True)
     raise click.exceptions.Exit(bool(report["problems"]))
 
-
+# %% ../nbs/90_cli.ipynb #check-hw-command
 @check.command("hw")
 @click.argument("profile", default="")
 @_options
@@ -800,7 +800,9 @@ def _compare_with_cpu(accelerator: str, say) -> tuple[bool, dict]:
         if found["same"]
         else "NOT the same: don't trust what this accelerator learns; train with overrides: {accelerator: cpu}"
     )
-    say(f"20 losses of cpu and {accelerator} are {words} (largest difference {found['largest']:.1%}, at step {found['at_step']})")
+    say(
+        f"20 losses of cpu and {accelerator} are {words} (they differ by up to {found['early']:.0e} in the first five, {found['largest']:.0e} in all)"
+    )
     return found["same"], found
 
 # %% ../nbs/90_cli.ipynb #pack-command

@@ -89,12 +89,12 @@ def test_a_trial_that_fails_is_told_in_one_sentence_and_leaves_nothing(home, dat
     assert str(tmp_path / "bad" / "train") in result.output and trials(home) == []
 
 
-def test_parity_holds_between_precisions_and_not_where_gradients_differ(home):
+def test_parity_holds_between_kernels_and_not_where_updates_differ_a_little(home):
     result = CliRunner().invoke(cli.main, ["check", "hw", "local", "--parity"])
-    assert result.exit_code == 0  # with only a CPU there is nothing to compare; with an accelerator, they agree
+    assert result.exit_code == 0, result.output  # with only a CPU there is nothing to compare; with an accelerator, they agree
     reference = parity_config(accelerator="cpu", num_threads=1)
-    same = parity(reference, parity_config(accelerator="cpu", num_threads=2))
+    same = parity(reference, parity_config(accelerator="cpu", num_threads=1, channels_last=True))  # other kernels
     assert same["same"] and len(same["losses"][0]) == 20 and same["losses"][0] != same["losses"][1], same
-    other = parity(reference, parity_config(accelerator="cpu", num_threads=1, momentum=0.0))
+    other = parity(reference, parity_config(accelerator="cpu", num_threads=1, momentum=0.8))
     assert not other["same"] and other["losses"][0][0] == other["losses"][1][0], other
     assert trials(home) == []

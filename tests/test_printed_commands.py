@@ -68,6 +68,8 @@ RUN = {
     "resnet-nb predict NAME PICTURES": (" --top 2", "%"),
     "resnet-nb export NAME": (" --format safetensors", "23 of 23 answers the same"),
     "resnet-nb compare A B": ("", "on the same 23 pictures both are right as often"),
+    "resnet-nb check hw": (f" --seconds 0 -p recipe digits -p data_dir {{data}} -y '{ONE_EPOCH}'", "the whole schedule takes about"),
+    "resnet-nb check hw local --parity": ("", ""),
     "resnet-nb check data DIR": (" --no-page", "healthy"),
     "resnet-nb pack DIR PACKED": ("", "96 training and 23 validation pictures"),
     "make train": (

@@ -57,7 +57,18 @@ def test_settings_keep_tags_and_clean_the_rest():
 ROOMS = [{"cli"}, {"results"}, {"run"}, {"learn", "data"}, {"config", "seed", "schedule", "files", "bars", "watch"}]  # each imports only later ones
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
 KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[-1]
-KERNEL_SIDE |= {"run.folder", "run.checkpoints", "run.plan", "run.launch", "results.plots", "results.compare", "results.executed", "results.live"}
+KERNEL_SIDE |= {
+    "run.folder",
+    "run.hardware",
+    "run.checkpoints",
+    "run.plan",
+    "run.launch",
+    "run.forecast",
+    "results.plots",
+    "results.compare",
+    "results.executed",
+    "results.live",
+}
 HEAVY = {"torch", "torchvision", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning", "tensorboard", "papermill"}
 
 

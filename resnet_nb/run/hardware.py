@@ -239,7 +239,11 @@ def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
     needs = config.world_size * (step + 7 * 10**8)  # of the libraries
     short = f"{advice}, or devices" if needs > total else "other programs have the rest; close some" if needs > min(free, total) else ""
     return Check(
-        "memory", f"{_gb(needs)} for {config.world_size} processes", f"{_gb(min(free, total))} free of {_gb(total)}", short, needs > total
+        "memory",
+        f"{_gb(needs)} for {config.world_size} process{'es' * (config.world_size != 1)}",
+        f"{_gb(min(free, total))} free of {_gb(total)}",
+        short,
+        needs > total,
     )
 
 # %% ../../nbs/run/00_hardware.ipynb #check_folder
