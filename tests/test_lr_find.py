@@ -30,12 +30,12 @@ def test_a_suggested_rate_trains_and_one_from_the_end_does_not(found, make_confi
     assert [s.name for s in suggestions] == ["steepest", "minimum"] and not problem and found.ended == "the loss diverged"
 
     def last_loss(name, rate):
-        run_dir, _ = run_here(make_config(name, "local", peak_lr=rate, image_sizes=[16], epochs=8))
-        return read_rows(run_dir, "epoch")[-1]["train/loss"]
+        run_dir, _ = run_here(make_config(name, "local", peak_lr=rate, image_sizes=[16], epochs=4))
+        return read_rows(run_dir, "val")[-1]["val/loss"]
 
     start = found.losses[:5].mean()
-    assert all(last_loss(s.name, s.peak_lr) < 0.8 * start for s in suggestions)
-    assert not last_loss("wild", float(found.rates[-1])) < 0.8 * start  # the control
+    assert all(last_loss(s.name, s.peak_lr) < start for s in suggestions)
+    assert not last_loss("wild", float(found.rates[-1])) < start  # the control
 
 
 def test_no_run_is_made_and_nothing_of_one_is_touched(one, data, home):

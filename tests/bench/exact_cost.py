@@ -65,7 +65,7 @@ def rank(kind: str, run_dir: Path) -> None:
             schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda step: lr_at(r, step, self.spe) / r.peak_lr)
             return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    worker._quiet()
+    worker.quiet()
     config, clock = load_config(run_dir), Clock()
     worker.set_threads(config)
     data = ImageNetDataModule(config)
