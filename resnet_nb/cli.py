@@ -27,21 +27,9 @@ import click
 import numpy as np
 
 from resnet_nb.config import (
-    HARDWARE,
-    RECIPES,
-    Hardware,
-    Parameters,
-    Recipe,
-    RunConfig,
-    as_yaml,
-    checked,
-    hardware_lines,
-    nearest,
-    parameter_hint,
-    parse_yaml,
-    read_recipe,
-    recipe_lines,
-)
+    HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, as_yaml, checked, hardware_lines, nearest, parameter_hint, parse_yaml,
+    read_recipe, recipe_lines,
+)  # fmt: skip
 from .data.index import cache_dir
 from .data.inspect import inspect_data, summary
 from .data.pack import pack

@@ -54,7 +54,13 @@ def test_settings_keep_tags_and_clean_the_rest():
     assert [SETTINGS[name] for name in names.split()] == ["tags", "papermill", "True", "False", "notest", "True", "True"]
 
 
-ROOMS = [{"cli"}, {"results"}, {"run"}, {"learn", "data"}, {"config", "seed", "schedule", "files", "bars", "watch"}]  # each imports only later ones
+ROOMS = [
+    {"cli"},
+    {"results"},
+    {"run"},
+    {"learn", "data"},
+    {"config", "seed", "schedule", "files", "bars", "watch"},
+]  # each imports only later ones
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
 KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[-1]
 KERNEL_SIDE |= {

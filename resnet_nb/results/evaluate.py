@@ -161,7 +161,11 @@ def _validate_devices(device: str, devices: int) -> None:
     kind = device.partition(":")[0]
     there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, max(1, devices))
     if not 1 <= devices <= there:
-        what = f"devices={devices}: on {device!r} needs {'1 to ' * (there > 1)}{there}" if there else f"device={device!r}: this machine has none"
+        what = (
+            f"devices={devices}: on {device!r} needs {'1 to ' * (there > 1)}{there}"
+            if there
+            else f"device={device!r}: this machine has none"
+        )
         raise ValueError(f"{what}; on 'cpu' any number of processes shares the cores")
 
 

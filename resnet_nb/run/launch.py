@@ -289,7 +289,7 @@ def start(config: RunConfig) -> Path:
             )  # fmt: skip
     return run_dir
 
-
+# %% ../../nbs/run/06_launch.ipynb #stop
 def is_running(run_dir: Path) -> bool:
     "Whether ranks or a supervisor are at work on the run."
     return is_locked(run_dir) and read_status(run_dir)["status"] == "running"

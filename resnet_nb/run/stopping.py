@@ -36,7 +36,9 @@ class StopFlag:
 
     def __init__(self, run_dir: Path):
         self.stop_file, self.reason = Path(run_dir) / "STOP", ""
-        self.parent = os.getppid() if is_launched() else None  # torchrun holds its ranks together; a supervisor only waits, and without it a single process trains on
+        self.parent = (
+            os.getppid() if is_launched() else None
+        )  # torchrun holds its ranks together; a supervisor only waits, and without it a single process trains on
 
     def listen(self) -> None:
         "Take over SIGINT and SIGTERM, and have some seconds to save where torchrun is gone."

@@ -270,6 +270,13 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
         ],
     )
 
+# %% ../../nbs/run/04_worker.ipynb #note_end
+def _note_end(run_dir: Path, trainer: L.Trainer, attempt: int, outcome: str) -> None:
+    place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "attempt": attempt}
+    append_rows(run_dir, [{"event": "note", "note": outcome} | place])
+    if outcome == "completed":
+        write_summary(run_dir, {})  # once more: a run that was killed after its last checkpoint has nothing left to train
+
 # %% ../../nbs/run/04_worker.ipynb #run_rank
 def run_rank(run_dir: Path, attempt: int) -> str:
     "Train to the end or to a stop, and return 'completed' or 'stopped: reason'."
@@ -314,10 +321,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
         error.add_note(f"in epoch {trainer.current_epoch + 1}, with pictures of {size_at(config.recipe, trainer.current_epoch)} px")
         raise
     if trainer.is_global_zero:
-        place = {"step": trainer.global_step, "epoch": trainer.current_epoch, "attempt": attempt}
-        append_rows(run_dir, [{"event": "note", "note": outcome} | place])
-        if outcome == "completed":
-            write_summary(run_dir, {})  # once more: a run that was killed after its last checkpoint has nothing left to train
+        _note_end(run_dir, trainer, attempt, outcome)
     return outcome
 
 # %% ../../nbs/run/04_worker.ipynb #describe_error
