@@ -305,8 +305,8 @@ def test_detached_returns_when_the_run_has_begun_and_its_notebook_is_completed(d
     assert is_locked(run_dir) and epochs_done(run_dir) < 6
     wait_for(lambda: "done: " in (run_dir / "logs" / "command.log").read_text())
     assert read_status(run_dir)["status"] == "completed" and "image/png" in executed(run_dir)["plot-run"][2]
-    _, refused = train("detached-2", data / "none", "--detach")
-    assert refused.wait(60) == 2
+    _, refused = train("detached-2", data, "--detach", "-p", "hw", "g6")
+    assert "did you mean 'g5'?" in refused.communicate(timeout=120)[0] and refused.returncode == 2
 
 
 def test_a_killed_kernel_leaves_the_command_with_the_run_and_the_notebook_says_so(data, home):
