@@ -155,6 +155,7 @@ class Notebook:
     def idle(self) -> None:
         """Wait until there is a kernel that has nothing to do; before there is one, JupyterLab's indicator is idle, too, and Run All does nothing."""
         self.page.locator("#jp-main-statusbar", has_text=re.compile(r"ipykernel\) \| Idle")).wait_for()
+        wait(lambda: not self.page.locator(".jp-InputPrompt", has_text="[*]").count(), "the cells to end")
 
     def run_all(self) -> None:
         self.idle()
