@@ -236,7 +236,7 @@ def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
     told = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     total, free = psutil.virtual_memory()[:2]
     total = total if told == "max" else min(total, int(told))
-    needs = config.world_size * (step + 7 * 10**8)  # of the libraries
+    needs = config.world_size * (step + 9 * 10**8)  # of the libraries: a rank that trains digits came to 1.1 GB
     short = f"{advice}, or devices" if needs > total else "other programs have the rest; close some" if needs > min(free, total) else ""
     return Check(
         "memory",
