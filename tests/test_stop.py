@@ -74,7 +74,9 @@ def test_a_living_run_is_found_again(make_config):
     launch.start(config)
     said = []
     run_dir = launch.train(config, show=said.append)  # as a notebook that was opened again
-    assert "alive is running already" in said[0] and said[1].startswith("epoch   1/1")
+    assert "alive is running already" in said[0] and said[-1].startswith(
+        "epoch   1/1 | train loss"
+    )  # between them, on a slow machine, how far it is
     assert len(read_status(run_dir)["attempts"]) == 1
 
 
