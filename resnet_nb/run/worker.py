@@ -285,13 +285,13 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     if config.numerics == "exact":
         validate_exact(config, config.hardware.accelerator)
     is_zero = int(os.environ.get("RANK", 0)) == 0
-    say = (lambda text: print(text, flush=True)) if is_zero else (lambda text: None)
+    say = functools.partial(print, flush=True) if is_zero else (lambda text: None)
     datamodule = ImageNetDataModule(config)
     datamodule.setup()
     steps_per_epoch = datamodule.train_sampler().steps_per_epoch
     checkpoint = find_checkpoint(run_dir, say)
-    counts = np.bincount(datamodule.train_index.labels, minlength=datamodule.num_classes)
-    module = ResNetModule(config, datamodule.num_classes, steps_per_epoch, counts)
+    classes = datamodule.num_classes
+    module = ResNetModule(config, classes, steps_per_epoch, np.bincount(datamodule.train_index.labels, minlength=classes))
     loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
     if is_zero:
         devices = device_facts(config, config.hardware.accelerator) | {"inspection": datamodule.inspection}
