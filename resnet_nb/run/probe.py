@@ -82,8 +82,7 @@ def probe_rank(run_dir: Path, seconds: float) -> None:
     datamodule = ImageNetDataModule(config)
     datamodule.setup()
     module = ProbeModule(config, datamodule.num_classes, datamodule.train_sampler().steps_per_epoch, [1] * datamodule.num_classes)
-    if config.world_size > 1:
-        join_ranks(config)
+    join_ranks(config)
     trainer, probe = make_trainer(config, run_dir, 1, 0), Probe(seconds)
     trainer.callbacks, trainer.profiler, trainer.loggers = [probe], probe.profiler, []
     trainer.limit_val_batches = 0

@@ -214,8 +214,10 @@ def check_contents(run_dir: Path, datamodule: ImageNetDataModule, step: int) -> 
 
 # %% ../../nbs/run/04_worker.ipynb #join_ranks
 def join_ranks(config: RunConfig) -> None:
-    """Bring the ranks of this attempt together. Where they meet is a file in a folder that only this user can open, and torchrun's name for the run;
+    """Bring the ranks of this attempt together, if there are several. Where they meet is a file in a folder that only this user can open, and torchrun's name for the run;
     Lightning would have rank zero listen for anybody."""
+    if config.world_size == 1:
+        return
     cuda = config.hardware.accelerator == "cuda"
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None
     if cuda:
@@ -307,8 +309,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
         say(f"▶️ Resumes from {checkpoint.name}: epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch} of {steps_per_epoch}")
         if is_zero:
             say(f"🔍 {check_contents(run_dir, datamodule, step)} files of its last steps hold what they held")
-    if config.world_size > 1:
-        join_ranks(config)
+    join_ranks(config)
     trainer = make_trainer(config, run_dir, attempt, step)
     outcome = "completed"
     try:
