@@ -34,7 +34,7 @@ from .data.index import cache_dir
 from .data.inspect import inspect_data, summary
 from .data.pack import pack
 from .data.splits import drawn_line, index_data
-from .files import DiskFull, is_full
+from .files import DamagedFile, DiskFull, is_full
 from .results.compare import compare_runs, exit_code, first_difference_lines, verify_run, what_differs
 from .run import launch
 from .run.forecast import forecast, forecast_lines, keep_forecast, measure, parity_config
@@ -331,8 +331,8 @@ def _raise_ending(run_dir: Path, problem: BaseException, begun: bool) -> None:
     "Raise what fits how a run ended that was begun here, and the `problem` that ended its notebook."
     status, kind = read_status(run_dir), getattr(problem, "ename", type(problem).__name__)
     said = getattr(problem, "evalue", str(problem))
-    if kind in ("ValueError", "DiskFull"):
-        raise {"ValueError": ValueError, "DiskFull": DiskFull}[kind](said)
+    if typed := {"ValueError": ValueError, "DiskFull": DiskFull, "DamagedFile": DamagedFile}.get(kind):
+        raise typed(said)
     if begun and status["status"] == "failed":
         raise launch.failed(run_dir, status)
     if begun and status["status"] == "stopped":

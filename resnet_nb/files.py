@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'SPARE', 'DiskFull', 'is_full', 'size_text', 'free_bytes', 'no_room', 'told_if_full', 'spare_path',
-           'keep_spare', 'write_file', 'write_json', 'read_json']
+           'keep_spare', 'write_file', 'write_json', 'DamagedFile', 'read_json']
 
 # %% ../nbs/03_files.ipynb #imports
 import errno
@@ -102,14 +102,20 @@ def write_json(path: Path, value: dict) -> None:
     write_file(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+class DamagedFile(ValueError):
+    "A file does not hold what was written into it."
+
+    exit_code = 3  # of a command that ends with it
+
+
 def read_json(path: Path) -> dict:
-    "The object in `path`; {} where there is no such file, ValueError where it is damaged."
+    "The object in `path`; {} where there is no such file, DamagedFile where it holds something else."
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged, it is not JSON: {error}") from None
+        raise DamagedFile(f"{str(path)!r} is damaged, it is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{str(path)!r} is damaged, it holds a {type(value).__name__} where an object is needed")
+        raise DamagedFile(f"{str(path)!r} is damaged, it holds a {type(value).__name__} where an object is needed")
     return value

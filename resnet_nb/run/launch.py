@@ -110,7 +110,7 @@ def first_error(run_dir: Path, attempt: int) -> dict:
 
 CODES = {
     "BadPicture": 3,
-    "DamagedCheckpoint": 3,
+    "DamagedFile": 3,
     "FloatingPointError": 4,
     "DiskFull": 5,
     "OutOfMemoryError": 5,

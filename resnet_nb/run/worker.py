@@ -13,6 +13,7 @@ import ctypes
 import functools
 import logging
 import os
+import pickle
 import platform
 import re
 import subprocess
@@ -40,7 +41,7 @@ from ..data.transforms import jpeg_decoder
 from ..files import DiskFull, is_full, keep_spare, no_room, read_json, spare_path, write_json
 from ..learn.module import ResNetModule
 from ..learn.numerics import ExactDDPStrategy
-from .checkpoints import STATE, find_checkpoint, weights_source
+from .checkpoints import STATE, checkpoints, find_checkpoint, weights_source
 from resnet_nb.run.folder import (
     NUMERIC_VARIABLES, append_rows, code_facts, environment_facts, first_difference, hold_as_rank,
     load_config, read_rows, utc_now, write_summary,
@@ -336,6 +337,11 @@ def describe_error(run_dir: Path, error: BaseException) -> str:
         text = error.sentence
     elif is_full(error) and not isinstance(error, DiskFull):
         kind, text = "DiskFull", str(no_room(run_dir, 0, getattr(error, "errno", 0)))
+    elif isinstance(error, pickle.UnpicklingError):  # it fits its manifest, so somebody has made both
+        kind, text = (
+            "DamagedFile",
+            f"{str(checkpoints(run_dir)[0] / STATE)!r} holds more than tensors and numbers, and was not loaded; move it away to go on without it",
+        )
     elif NO_MEMORY.search(f"{kind}: {text}"):
         kind, where = "OutOfMemoryError", " ".join(getattr(error, "__notes__", []))
         text = f"memory is used up {where}: {memory_remedy(load_config(run_dir))}. It said: {(text or 'nothing').strip().splitlines()[0]}"
