@@ -352,7 +352,9 @@ def test_a_picture_from_the_browser_is_answered(opened, project, finished):
     tab.page.locator("button", has_text="Pictures").wait_for()
     picture = next((project / "data" / "small" / "val" / "1").iterdir())
     (project / "no picture.png").write_text("text")
-    tab.page.locator("input[type=file]").set_input_files([picture, project / "no picture.png"])
+    with tab.page.expect_file_chooser() as chooser:  # the widget's input is not in the page
+        tab.page.locator("button", has_text="Pictures").click()
+    chooser.value.set_files([picture, project / "no picture.png"])
     answer = tab.cell("upload_box").locator("img").first
     answer.wait_for()
     tab.shot("1-answered", answer)
