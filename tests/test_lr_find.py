@@ -59,13 +59,3 @@ def test_ctrl_c_tells_what_was_found_so_far(data):
     said, errors = test.communicate()
     assert "it was interrupted" in said and "steps at 16 px" in said, errors
     assert "Traceback" not in errors
-
-
-def test_what_the_recipe_freezes_stays_frozen_and_its_optimizer_is_used(make_config, one):
-    def losses(**overrides):
-        config = make_config("never", "local", weights=str(one), **overrides)
-        return range_test(config, validate(config)[0], lowest=1e-3, highest=1e-1, steps=12).losses.tolist()  # of three epochs
-
-    frozen = losses(freeze_epochs=1)
-    assert losses(freeze_epochs=3) == frozen != losses()  # the control learns with all its layers
-    assert losses(freeze_epochs=1, optimizer="radam") != frozen
