@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from ..config import RunConfig
 from ..data.datamodule import ImageNetDataModule
 from ..data.index import Index
+from ..learn.numerics import NotANumber
 from ..learn.module import ResNetModule
 from .plots import LOGGED, VAL, panels
 from .processes import threads
@@ -151,6 +152,9 @@ def _fit(trainer: L.Trainer, module: RisingRate, datamodule: ImageNetDataModule)
     before = signal.signal(signal.SIGINT, ask)
     try:
         trainer.fit(module, datamodule=datamodule)
+    except NotANumber:
+        module.diverged = True
+        module.losses.append(math.nan)
     finally:
         signal.signal(signal.SIGINT, before)
     return "it was interrupted" if asked else "the loss diverged" if module.diverged else "the whole range"
