@@ -109,6 +109,7 @@ def first_error(run_dir: Path, attempt: int) -> dict:
 
 
 CODES = {
+    "Refused": 2,  # a ValueError with a sentence of ours
     "BadPicture": 3,
     "DamagedFile": 3,
     "FloatingPointError": 4,

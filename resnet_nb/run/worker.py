@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'NO_MEMORY', 'set_threads', 'validate_exact', 'cpu_model', 'onednn_isa', 'numerics_class', 'device_facts',
            'data_facts', 'record_manifest', 'loaded_line', 'check_contents', 'join_ranks', 'make_trainer', 'run_rank',
-           'describe_error', 'quiet', 'main']
+           'is_ours', 'describe_error', 'quiet', 'main']
 
 # %% ../../nbs/run/04_worker.ipynb #imports
 import atexit
@@ -330,11 +330,19 @@ def run_rank(run_dir: Path, attempt: int) -> str:
 NO_MEMORY = re.compile("(OutOf)?MemoryError|[Cc]an(no|')t allocate memory|can't start new thread")
 
 
+def is_ours(error: BaseException) -> bool:
+    "Whether code of this package has raised it, with a sentence of its own."
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].partition(".")[0] in ("resnet_nb", "__main__")
+
+
 def describe_error(run_dir: Path, error: BaseException) -> str:
     "Kind of an error and what it says; where memory or disk are used up, of which kind that is, and what to do."
     kind, text = type(error).__name__, str(error)
     if isinstance(error, BadPicture):
         text = error.sentence
+    elif type(error) is ValueError and is_ours(error):
+        kind = "Refused"
     elif is_full(error) and not isinstance(error, DiskFull):
         kind, text = "DiskFull", str(no_room(run_dir, 0, getattr(error, "errno", 0)))
     elif isinstance(error, pickle.UnpicklingError):  # it fits its manifest, so somebody has made both

@@ -146,11 +146,6 @@ def test_goes_on_from_what_is_whole(damage, words, stopped, reference, request):
         stopped.completes(reference)
 
 
-def whole(damage, *paths):
-    """The damage, and how it is undone: the named files as they were."""
-    return damage, paths
-
-
 REFUSED = {
     "all checkpoints damaged": (
         lambda run: [flip(path / STATE) for path in checkpoints(run)],
@@ -194,7 +189,7 @@ PICTURES = {
     "a picture removed": (lambda train: next((train / "0").iterdir()).unlink(), "was started on other data"),
     "a class renamed": (lambda train: (train / "0").rename(train / "9"), ""),
     "a picture cut short": (lambda train: cut(next((train / "0").iterdir())), "was started on other data"),
-    "two pictures swapped": (swap, "was started on other data"),
+    "two pictures swapped": (swap, ""),
     "the folder removed": (lambda train: shutil.rmtree(train), ""),
 }
 
@@ -212,7 +207,7 @@ def test_pictures_that_change_between_stop_and_resume(damage, words, base, data,
         damage(own / "train")
         code = case.again()
         case.seen |= {"code": code, "status": case.status()["status"], "attempts": len(case.starts())}
-        assert code in (1, 2, 3) and words in case.said() and "Traceback" not in case.said(), case.said()
+        assert code in (2, 3) and words in case.said() and "Traceback" not in case.said(), case.said()
         shutil.rmtree(own)
         shutil.copytree(data, own)
         case.completes(reference)
@@ -241,7 +236,7 @@ def test_pictures_that_change_in_training(damage, code, data, reference, tmp_pat
 # the system around it
 SYSTEM = {
     "files may hold 40 MB at most": (["bash", "-c", 'ulimit -f 40000; exec "$@"', "-"], {5}, "40"),
-    "40 open files at most": (["bash", "-c", 'ulimit -n 40; exec "$@"', "-"], {1, 2}, "open files"),
+    "40 open files at most": (["bash", "-c", 'ulimit -n 40; exec "$@"', "-"], {2}, "open files"),
     "3 GB of memory at most": (["bash", "-c", 'ulimit -v 3000000; exec "$@"', "-"], {0, 1, 5}, ""),
     "no room in /dev/shm": (["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"', "-"], {0, 1, 2, 5}, ""),
 }
