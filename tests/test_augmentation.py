@@ -116,7 +116,7 @@ def training(tmp_path_factory):
 
     def made(fields, seed=0):
         pictures = KeyedImages(index, SimpleNamespace(seed=seed, recipe=recipe(**fields)), train=True)
-        images, _, digests = pictures.__getitems__([SampleKey(epoch, i, 48) for epoch in range(3) for i in range(9)])
+        images, _, digests, _ = pictures.__getitems__([SampleKey(epoch, i, 48) for epoch in range(3) for i in range(9)])
         return images, digests
 
     return made
