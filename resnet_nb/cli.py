@@ -442,7 +442,7 @@ def plot(run):
     from resnet_nb.results.plots import save_plot
 
     _mend(run)
-    click.echo(_shown(save_plot(run, None if os.access(run, os.W_OK) else Path.cwd() / f"{run.name}-curves.png")))
+    click.echo(_shown(save_plot(run, None if os.access(run, os.W_OK) else Path.cwd() / f"{run.name}-curves")))
 
 
 @main.command()

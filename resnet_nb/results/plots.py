@@ -213,10 +213,11 @@ def plot_run(run_dir: str | Path) -> Figure:
     return fig
 
 
-def save_plot(run_dir: str | Path) -> Path:
-    "Write the curves of a run to curves.png and curves.svg in its folder; returns the path of the first."
-    save_figure(plot_run(run_dir), Path(run_dir) / "curves")
-    return Path(run_dir) / "curves.png"
+def save_plot(run_dir: str | Path, stem: Path | None = None) -> Path:
+    "Write the curves of a run as stem.png and stem.svg, else as curves in its folder; returns the path of the first."
+    stem = stem or Path(run_dir) / "curves"
+    save_figure(plot_run(run_dir), stem)
+    return stem.with_name(f"{stem.name}.png")
 
 # %% ../../nbs/results/00_plots.ipynb #plot_runs
 def plot_runs(run_dirs: Iterable[str | Path]) -> Figure:

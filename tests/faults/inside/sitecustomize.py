@@ -18,7 +18,12 @@ is_rank = "resnet_nb.run.worker" in sys.orig_argv and os.environ.get("RANK", "0"
 # phase: module, class or nothing, function, and when; the second epoch is steps 5 to 8
 PHASES = {
     "start-up": ("resnet_nb.data.datamodule", "ImageNetDataModule", "setup", lambda *args, **kwargs: True),
-    "data wait": ("resnet_nb.data.datamodule", "KeyedImages", "__getitems__", lambda self, keys, *memory: self.train and keys[0].epoch == 1),
+    "data wait": (
+        "resnet_nb.data.datamodule",
+        "KeyedImages",
+        "__getitems__",
+        lambda self, keys, *memory: self.train and keys[0].epoch == 1,
+    ),
     "step": ("resnet_nb.learn.module", "ResNetModule", "training_step", lambda self, *args: self.trainer.global_step == 5),
     "validation": ("resnet_nb.learn.module", "ResNetModule", "validation_step", lambda self, *args: self.trainer.global_step == 8),
     "checkpoint write": ("resnet_nb.run.stopping", None, "commit_checkpoint", lambda run_dir, step, about: step == 8),
