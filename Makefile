@@ -52,7 +52,7 @@ gpu: setup  # on one NVIDIA GPU: its tests, then speed, into nbs/proofs/gpu.json
 
 # what was seen goes into the record that nbs/proofs/reliability.ipynb shows
 faults: export OMP_NUM_THREADS = 1
-faults: setup  # every fault that a run must survive, about half an hour on two cores
+faults: setup  # every fault that a run must survive, and the page of them
 	rm -f nbs/proofs/faults.jsonl
 	RESNET_NB_FAULTS=$(CURDIR)/nbs/proofs/faults.jsonl $(BIN)/python -m pytest tests/faults -m '' -n 2 --dist loadfile
 	cd nbs/proofs && $(NBCONVERT) reliability.ipynb && ../../$(BIN)/nbdev_clean
