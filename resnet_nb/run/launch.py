@@ -140,8 +140,9 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
     who, codes = ("a rank", codes) if codes or world_size == 1 else ("torchrun", [])
     codes = codes or [exit_code]
     error = first_error(run_dir, attempt)
-    # a rank that waits for a failed one in vain is killed by torchrun after half a minute, and says nothing about the cause
-    killed = [code for code in codes if code < 0 and not (error and "forcefully exiting" in launcher)]
+    # a rank that waits for a failed one in vain is ended by torchrun, killed after half a minute, and says nothing about the cause
+    own = {-signal.SIGTERM, *([-signal.SIGKILL] if "forcefully exiting" in launcher else [])} if error else set()
+    killed = [code for code in codes if code < 0 and code not in own]
     if not error and free_bytes(run_dir) < SPARE:  # not even that could be written down
         return "DiskFull", str(no_room(run_dir, 0))
     lost_worker = "DataLoader worker" in error.get("error", "")

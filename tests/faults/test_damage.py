@@ -235,7 +235,7 @@ def test_pictures_that_change_in_training(damage, code, data, reference, tmp_pat
 
 # the system around it
 SYSTEM = {
-    "files may hold 40 MB at most": (["bash", "-c", 'ulimit -f 40000; exec "$@"', "-"], {5}, "40"),
+    "files may hold 40 MB at most": (["bash", "-c", 'ulimit -f 40000; exec "$@"', "-"], {5}, "raise the limit (ulimit -f)"),
     "40 open files at most": (["bash", "-c", 'ulimit -n 40; exec "$@"', "-"], {2}, "open files"),
     "3 GB of memory at most": (["bash", "-c", 'ulimit -v 3000000; exec "$@"', "-"], {0, 1, 5}, ""),
     "no room in /dev/shm": (["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"', "-"], {0, 1, 2, 5}, ""),
