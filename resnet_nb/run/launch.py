@@ -119,7 +119,7 @@ CODES = {
 }  # kinds of failures that have an exit code of their own
 PASSING = {"MemoryKill"}  # those of them that need not come again when the run is started again
 
-# %% ../../nbs/run/06_launch.ipynb #outcome
+# %% ../../nbs/run/06_launch.ipynb #failure_kind
 def _log(run_dir: Path, attempt: int, of: str = "") -> str:
     path = run_dir / "logs" / f"attempt-{attempt}{of}.log"
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -155,7 +155,7 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
     kind = error.get("error", "").partition(": ")[0]
     return kind, f"rank {error['rank']} failed (exit code {max(codes)}): {error['error']}" if error else f"exit code {exit_code}"
 
-
+# %% ../../nbs/run/06_launch.ipynb #outcome
 def _outcome(run_dir: Path, attempt: int, world_size: int, exit_code: int, hang: str, oom: int | None) -> dict:
     "Status, reason, and the kind of a failure."
     if word := final_note(run_dir, attempt):
