@@ -21,6 +21,7 @@ REPORTS = {
     "explore": (OWN, "classes"),
     "lr-find": ([*OWN, "--steps", "10"], "suggestions"),
     "check data": (["{data}"], "problems"),
+    "check hw": (["local", "--seconds", "0.1", *OWN], "pictures_per_second"),
     "seeds": ([*OWN, "-r", "name", "in-json", "--count", "1"], "accuracies"),
     "evaluate": (["{one}"], "balanced"),
     "predict": (["{one}", "{data}/val/1"], "probability_1"),
