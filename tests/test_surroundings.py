@@ -100,7 +100,7 @@ def test_damaged_files_are_named_by_every_command(one, tmp_path):
     subprocess.run(["cp", "-r", one, tmp_path / "copy"], check=True)
     (tmp_path / "copy" / "manifest.json").write_bytes(b"\xff\x81{")
     result = CliRunner().invoke(cli.main, ["plot", str(tmp_path / "copy")])
-    assert result.exit_code == 2 and "manifest.json' is damaged, it is not JSON" in result.output, result.output
+    assert result.exit_code == 3 and "manifest.json' is damaged, it is not JSON" in result.output, result.output
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment, which only root may")
