@@ -193,7 +193,7 @@ def plot_run(run_dir: str | Path) -> Figure:
     lr, loss, acc, size = axes
     _draw_lr_plan(lr, r, per_epoch)
     lr.plot(at_step, [row["train/learning_rate"] for row in steps], color=LOGGED, lw=1.2, label="logged")
-    marker = {"marker": "o", "ms": 3} if r.epochs <= 30 else {}
+    marker = {"marker": "o", "ms": 3} if len(val) <= 30 else {}
     _draw_losses(loss, r, at_step, steps, train, val, marker)
     _draw_accuracies(acc, train, val, marker)
     _draw_size_plan(size, r, label="planned")
