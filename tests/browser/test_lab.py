@@ -266,7 +266,6 @@ def test_the_square_stops_a_run_and_the_cell_goes_on_with_it(opened, project, en
     tab.press("interrupt")
 
 
-@pytest.mark.xfail(strict=False, reason="a kernel that is restarted interrupts its cell, and every interrupt stops the run")
 def test_a_run_goes_on_when_the_kernel_is_restarted(opened, project, endless):
     tab = opened("nbs/train.ipynb")
     tab.write("hw: str", endless(name="restarted"))
