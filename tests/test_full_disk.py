@@ -103,7 +103,7 @@ def test_the_command_ends_with_code_5_where_nothing_can_be_begun(disk, data):
     fill(folder)
     done = command("-r", "name", "nothing", data=data)
     assert done.returncode == 5, done.stdout + done.stderr
-    assert "the disk is full: asked for w" in done.stderr and "free are 0.0 KiB" in done.stderr and "Traceback" not in done.stderr
+    assert "this run needs 0.3 GB for checkpoints, and there is 0 MB free; make room in" in done.stderr and "Traceback" not in done.stderr
 
 
 FULL = """

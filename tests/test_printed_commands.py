@@ -23,6 +23,7 @@ TRAINS = f" -p recipe digits{OWN}"
 FEW_CUDA = "this machine has 0"
 # command: what is added, so that it takes seconds and writes where a test may write; what it must say
 RUN = {
+    "resnet-nb train": (TRAINS, "done: "),
     "resnet-nb train -p hw local": (TRAINS, "done: "),
     "resnet-nb train -p hw local -p recipe imagenette -p data_dir ~/imagenette": (OWN, "done: "),
     "resnet-nb train -p hw cpu2": (TRAINS, "done: "),
@@ -83,6 +84,7 @@ RUN = {
 }
 NOT_RUN = {
     "make test": "runs this test",
+    "make faults": "does to some runs all that may happen to them, for the better part of an hour",
     "make lab": "a server that does not end",
     "make gpu": "takes minutes where there is an NVIDIA GPU",
     "make gpu IMAGENETTE_DIR=... TIMM_TRAIN=...": "takes minutes where there is an NVIDIA GPU",

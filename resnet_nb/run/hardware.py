@@ -251,7 +251,7 @@ def _check_folder(config: RunConfig, checkpoint: int) -> list[Check]:
     "The folder of runs: room, and whether files can be written, renamed and locked there."
     folder = _folder_of_runs()
     there = sum(path.stat().st_size for path in (folder / config.name / "checkpoints").glob("step-*/*"))
-    needs, free = max(0, 3 * checkpoint - there), shutil.disk_usage(folder).free  # the best, and the last two
+    needs, (total, _, free) = max(0, 3 * checkpoint - there), shutil.disk_usage(folder)  # the best, and the last two
     full = f"make room in {str(folder)!r}, or put runs elsewhere with $RESNET_NB_HOME"
     problem = ""
     try:
@@ -263,7 +263,7 @@ def _check_folder(config: RunConfig, checkpoint: int) -> list[Check]:
     except OSError as error:
         problem = f"run folder {str(folder)!r} can't be written, locked and renamed in: {error.strerror or error}"
     return [
-        Check("disk", f"{_gb(needs)} for checkpoints", f"{_gb(free)} free", full if free < needs else ""),
+        Check("disk", f"{_gb(needs)} for checkpoints", f"{_gb(free)} free", full if free < needs and total else ""),
         Check("run folder", "write, rename, lock", "none of it" if problem else "all", problem),
     ]
 

@@ -334,9 +334,12 @@ def finished(project):
 def test_a_run_is_evaluated(opened, finished):
     tab = opened("nbs/evaluate.ipynb")
     tab.shot("1-opened")
-    tab.write("run: str", f"run = {finished!r}\nsplit, which, data_dir, image_size, rows_shown, formats = 'val', 'best', '', 0, 1, []")
+    tab.write(
+        "run: str",
+        f"run = {finished!r}\nsplit, which, data_dir, arch, image_size = 'val', 'best', '', '', 0\ndevice, devices, num_threads, rows_shown, formats = 'cpu', 1, 0, 1, []",
+    )
     tab.run_all()
-    tab.until("evaluation = ", f"{finished}, val, best checkpoint")
+    tab.until("evaluation = ", f"{finished}, best checkpoint")
     tab.idle()
     assert not tab.page.locator(FAULTS).count()
     for name in ("evaluation = ", "plot_confusion", "plot_calibration", "most_wrong(table)", "plot_sizes_tested", "export(run_dir"):
