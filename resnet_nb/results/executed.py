@@ -63,12 +63,13 @@ def _picture(figure: Figure) -> dict:
 def mended(notebook: dict, said: str, curves: Figure | None) -> dict:
     "The same notebook, with `said` after the last cell that has begun, the curves, and true marks on all cells."
     cells = [cell for cell in notebook["cells"] if cell["id"] != "ending"]
-    begun = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code" and cell["execution_count"]]
+    word = lambda cell: cell["metadata"].get("papermill", {}).get("status")
+    begun = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code" and (cell["execution_count"] or word(cell) == "running")]
     at = max(begun, default=-1)
     for i, cell in enumerate(cells):
         if cell["cell_type"] == "code":
-            word, failed = ("completed", False) if i < at else ("failed", True) if i == at else ("pending", None)
-            cell["metadata"]["papermill"] = cell["metadata"].get("papermill", {}) | {"status": word, "exception": failed}
+            mark, failed = ("completed", False) if i < at else ("failed", True) if i == at else ("pending", None)
+            cell["metadata"]["papermill"] = cell["metadata"].get("papermill", {}) | {"status": mark, "exception": failed}
             if cell["id"] == CURVES and curves:
                 cell["outputs"] = [_picture(curves)]
     cells.insert(at + 1, {"cell_type": "markdown", "id": "ending", "metadata": {}, "source": said.splitlines(keepends=True)})
