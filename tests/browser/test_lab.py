@@ -342,7 +342,7 @@ def test_a_run_is_evaluated(opened, finished):
     tab.until("evaluation = ", f"{finished}, best checkpoint")
     tab.idle()
     assert not tab.page.locator(FAULTS).count()
-    for name in ("evaluation = ", "plot_confusion", "plot_calibration", "most_wrong(table)", "plot_sizes_tested", "export(run_dir"):
+    for name in ("evaluation = ", "plot_confusion", "plot_calibration", "most_wrong(table)", "plot_sizes_tested", "export("):
         tab.shot(f"2-{re.split('[ (]', name)[0]}", tab.cell(name))
 
 
