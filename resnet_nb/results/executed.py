@@ -56,16 +56,16 @@ def _picture(figure: Figure) -> dict:
     "A figure, as the output of a cell."
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
-    image = {"image/png": base64.b64encode(file.getvalue()).decode(), "text/plain": [repr(figure)]}
-    return {"output_type": "display_data", "metadata": {}, "data": image}
+    image = base64.b64encode(file.getvalue()).decode()
+    return {"output_type": "display_data", "metadata": {}, "data": {"image/png": image, "text/plain": [repr(figure)]}}
 
 
 def mended(notebook: dict, said: str, curves: Figure | None) -> dict:
     "The same notebook, with `said` after the last cell that has begun, the curves, and true marks on all cells."
     cells = [cell for cell in notebook["cells"] if cell["id"] != "ending"]
     word = lambda cell: cell["metadata"].get("papermill", {}).get("status")
-    begun = [i for i, cell in enumerate(cells) if cell["cell_type"] == "code" and (cell["execution_count"] or word(cell) == "running")]
-    at = max(begun, default=-1)
+    has_begun = lambda cell: cell["cell_type"] == "code" and (cell["execution_count"] or word(cell) == "running")
+    at = max((i for i, cell in enumerate(cells) if has_begun(cell)), default=-1)
     for i, cell in enumerate(cells):
         if cell["cell_type"] == "code":
             mark, failed = ("completed", False) if i < at else ("failed", True) if i == at else ("pending", None)
@@ -73,10 +73,10 @@ def mended(notebook: dict, said: str, curves: Figure | None) -> dict:
             if cell["id"] == CURVES and curves:
                 cell["outputs"] = [_picture(curves)]
     cells.insert(at + 1, {"cell_type": "markdown", "id": "ending", "metadata": {}, "source": said.splitlines(keepends=True)})
-    about = notebook["metadata"].get("papermill", {}) | {"exception": True}
-    return notebook | {"cells": cells, "metadata": notebook["metadata"] | {"papermill": about}}
+    about = {"papermill": notebook["metadata"].get("papermill", {}) | {"exception": True}}
+    return notebook | {"cells": cells, "metadata": notebook["metadata"] | about}
 
-
+# %% ../../nbs/results/06_executed.ipynb #mend_notebook
 def mend_notebook(run_dir: Path, template: Path) -> bool:
     "Complete the executed notebook of a run that has ended, where it is not whole; where it is no notebook any more, on `template`. Says whether it did."
     path = run_dir / "train.ipynb"
