@@ -11,7 +11,9 @@ from click.testing import CliRunner
 from conftest import SMALL
 
 from resnet_nb import cli
+from resnet_nb.data import datamodule
 from resnet_nb.learn.network import step_size
+from resnet_nb.run import hardware
 from resnet_nb.run.folder import run_path
 from resnet_nb.run.forecast import beside_lines, parity, parity_config
 from resnet_nb.run.hardware import STEP_SIZES, check_machine
@@ -34,7 +36,8 @@ def trials(home):
     return list((home / "data" / "cache").glob("trial-*"))
 
 
-def test_sizes_of_the_usual_networks_are_those_of_torch():
+def test_numbers_that_are_kept_so_that_nobody_waits_for_torch_are_torchs():
+    assert hardware.BUFFERS == datamodule.BUFFERS
     for arch, (parameters, per_pixel) in STEP_SIZES.items():
         counted, kept = step_size(arch, 224)
         assert counted == parameters and abs(kept / 224**2 / per_pixel - 1) < 0.002, arch
