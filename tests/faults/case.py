@@ -176,3 +176,10 @@ class Case:
         self.seen |= {"again": self.done_again(), "same": tensors(self.run_dir) == tensors(reference)}
         assert self.seen["same"], "other bits"
         assert self.seen["again"] <= STEPS, "more than an epoch was done again"
+
+
+def undisturbed(home: Path, data: Path) -> Path:
+    """Folder of a run that nothing happens to."""
+    case = Case(home, data)
+    assert case.again() == 0, case.said()
+    return case.run_dir

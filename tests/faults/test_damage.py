@@ -1,5 +1,6 @@
 """What happens to the files of a stopped run, its pictures and its surroundings: the command says so, changes nothing it shouldn't, and completes the run."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from case import Case, tensors
+from case import Case, tensors, undisturbed
 
 from resnet_nb.files import read_json, write_json
 from resnet_nb.run.checkpoints import STATE, checkpoints
@@ -16,10 +17,7 @@ from resnet_nb.run.checkpoints import STATE, checkpoints
 
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory):
-    """Folder of a run that nothing happens to."""
-    case = Case(tmp_path_factory.mktemp("undisturbed"), data)
-    assert case.again() == 0, case.said()
-    return case.run_dir
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), data)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +87,6 @@ class Malicious:
 
 def malicious(run_dir: Path) -> None:
     "A checkpoint that is a program, with a manifest that fits it."
-    import hashlib
-
     state = newest(run_dir) / STATE
     state.write_bytes(pickle.dumps(Malicious()))
     about = read_json(state.with_name("MANIFEST.json"))

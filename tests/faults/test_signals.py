@@ -3,7 +3,7 @@
 from signal import SIGHUP, SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
-from case import Case, tensors
+from case import Case, tensors, undisturbed
 
 # phase, process, signals | exit code of the command | status of the run then | attempts that it took by itself
 SIGNALS = [
@@ -64,10 +64,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def reference(data, tmp_path_factory):
-    """Folder of a run that nothing happens to."""
-    case = Case(tmp_path_factory.mktemp("undisturbed"), data)
-    assert case.again() == 0, case.said()
-    return case.run_dir
+    return undisturbed(tmp_path_factory.mktemp("undisturbed"), data)
 
 
 @pytest.mark.parametrize("phase, role, signals, code, status", CASES)
@@ -88,7 +85,7 @@ def test_signal(phase, role, signals, code, status, reference, data, tmp_path):
         case.completes(reference)
 
 
-def test_another_seed_has_other_bits(reference, data, tmp_path):
+def test_another_learning_rate_gives_other_bits(reference, data, tmp_path):
     """The control: what is compared differs where the run differs."""
     other = Case(tmp_path, data, peak_lr=0.02)
     assert other.again() == 0
