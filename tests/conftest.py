@@ -19,6 +19,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts py
 # resnet18 on 96 + 23 digits: 23 validation pictures share out evenly over neither 2 ranks nor batches of 6
 SMALL = {
     "epochs": 3, "image_sizes": [16, 24, 32], "num_microbatches": 4, "microbatch_size": 6, "peak_lr": 0.01, "num_workers": 0, "num_threads": 1,
+    "hang_minutes": 3.0,  # a run that hangs is found while the tests still have time
 }  # fmt: skip
 STEPS = 4  # optimizer steps in an epoch of SMALL
 NUM_VAL = 23
