@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import SMALL, STEPS
 
 from resnet_nb import cli
-from resnet_nb.config import Parameters
+from resnet_nb.config import Parameters, Recipe
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
@@ -22,7 +22,7 @@ def mine(tmp_path, monkeypatch):
     """A recipe file with a space in its name, in the current folder."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "my pets.yaml"
-    fields = {key: value for key, value in SMALL.items() if key not in ("num_workers", "num_threads")}
+    fields = {key: value for key, value in SMALL.items() if key in Recipe.model_fields}
     path.write_text(yaml.safe_dump({"base": "digits", "layer_lr_decay": 0.5} | fields | {"epochs": 1, "image_sizes": [16]}))
     return path
 
