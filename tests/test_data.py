@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from PIL import Image
 from torchvision import transforms as T
 
 from resnet_nb.cli import main
-from resnet_nb.data import transforms
+from resnet_nb.data import datamodule, transforms
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages, KeyedLoader, torch_resize
 from resnet_nb.data.index import cache_dir, fingerprint
 from resnet_nb.data.inspect import inspect_data
@@ -156,6 +157,29 @@ def test_spawned_data_workers_see_the_same_pictures(data, make_config, room):
     pictures, sampler = KeyedImages(datamodule.train_index, datamodule.config, train=True), datamodule.train_sampler()
     assert equal(KeyedLoader(pictures, sampler, 2, room, multiprocessing_context="spawn"), here)  # as on macOS
     assert not equal(KeyedLoader(pictures, sampler, 0), here[1:] + here[:1])
+
+
+def test_a_data_worker_that_hangs_as_it_is_made_is_replaced(data, make_config, monkeypatch):
+    hangs = torch.zeros(1, dtype=torch.int64).share_memory_()  # how many are still to hang
+
+    def hang():
+        if hangs[0] > 0:
+            hangs[0] -= 1
+            time.sleep(1000)
+
+    os.register_at_fork(after_in_child=hang)  # for good, and harmless where none is to hang
+    monkeypatch.setattr(datamodule, "START", 1.0)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # s that DataLoader waits for the end of a worker
+    pictures = ImageNetDataModule(make_config("unused", hw="local", num_workers=2))
+    pictures.setup()
+    wanted = [targets.tolist() for _, targets, *_ in pictures.train_dataloader()]
+    hangs[0], began = 1, time.monotonic()
+    assert [targets.tolist() for _, targets, *_ in pictures.train_dataloader()] == wanted
+    assert hangs[0] == 0 and time.monotonic() - began > 1
+    hangs[0] = 6
+    with pytest.raises(RuntimeError, match="data workers did not begin within 1 s, three times"):
+        next(iter(pictures.train_dataloader()))
+    assert not multiprocessing.active_children()
 
 
 def test_too_little_shared_memory_is_one_clear_sentence(data, make_config, monkeypatch):
