@@ -40,7 +40,7 @@ class CellBar(tqdm):
             self.handle = sys.modules["IPython"].display.display(shown, raw=True, display_id=True)
 
 
-def progress(what: str, total: int, **how: Any) -> tqdm:
+def progress(what: str, total: float, **how: Any) -> tqdm:
     "A bar for `total` of something; it moves by its `update`, and goes when it is closed. `how` as tqdm takes it."
     # no thread of its own: data workers are forked later, and a fork with threads may wait forever for their locks
     tqdm.monitor_interval = 0

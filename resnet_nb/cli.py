@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 import numpy as np
+from tqdm import tqdm
 
+from .bars import progress
 from resnet_nb.config import (
     HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, as_yaml, checked, hardware_lines, nearest, parameter_hint, parse_yaml,
     read_recipe, recipe_lines,
@@ -182,7 +185,8 @@ class _Screen:
 
     def write(self, text: str) -> None:
         try:
-            click.echo(text, nl=False)
+            with tqdm.external_write_mode():  # above a bar, where there is one
+                click.echo(text, nl=False)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
@@ -198,6 +202,37 @@ def _hung_up(number, frame) -> None:
     for handle in (0, 1, 2):
         if stat.S_ISCHR(os.fstat(handle).st_mode):  # not a file that the output goes to
             os.dup2(os.open(os.devnull, os.O_RDWR), handle)
+
+# %% ../nbs/90_cli.ipynb #bar
+@contextlib.contextmanager
+def _bar(run_dir: Path) -> Iterator[bool]:
+    "On a terminal, a bar of how far the run is, while something else is waited for; yields whether it is seen."
+    if not sys.stderr.isatty():
+        yield False
+        return
+    ended, rows, far = threading.Event(), launch.coming_rows(run_dir), launch.Progress(run_dir)
+    shown = progress("", 1.0, bar_format="{bar:20} {desc}", dynamic_ncols=True)
+
+    def move():
+        while not ended.wait(0.5):
+            far.see(next(rows))
+            shown.n = far.share
+            shown.set_description_str(str(far))
+
+    mover = threading.Thread(target=move, daemon=True)
+    mover.start()
+    try:
+        yield True
+    finally:
+        ended.set()
+        mover.join()
+        shown.close()
+
+
+def _observe(run_dir: Path, **how) -> None:
+    "`launch.observe` on this screen."
+    with _bar(run_dir) as seen:
+        launch.observe(run_dir, _Screen().say, on_progress=lambda far: seen, **how)
 
 # %% ../nbs/90_cli.ipynb #execute
 PACKAGE = Path(launch.__file__).resolve().parents[1]
@@ -310,7 +345,8 @@ def _train_in_notebook(run_dir: Path, template: Path) -> None:
 
     config, before, problem = load_config(run_dir), len(read_status(run_dir)["attempts"]), None
     try:
-        execute(template, run_dir / "train.ipynb", config.parameters.model_dump() | {"name": config.name}, **{WRITTEN_RUN: config.name})
+        with _bar(run_dir):
+            execute(template, run_dir / "train.ipynb", config.parameters.model_dump() | {"name": config.name}, **{WRITTEN_RUN: config.name})
         return
     except (RuntimeError, papermill.exceptions.PapermillExecutionError) as error:  # also a kernel that died, or is too slow to answer
         problem = error
@@ -321,7 +357,7 @@ def _train_in_notebook(run_dir: Path, template: Path) -> None:
         if is_locked(run_dir):
             what = getattr(problem, "ename", type(problem).__name__)
             click.echo(f"the notebook has ended ({what}), and the run goes on; it is shown here", err=True)
-            launch.observe(run_dir, _Screen().say, history=False)
+            _observe(run_dir, history=False)
     finally:
         _mend(run_dir)
     _raise_ending(run_dir, problem, begun=len(read_status(run_dir)["attempts"]) > before)
@@ -450,7 +486,7 @@ def plot(run):
 def follow(run):
     "Show RUN, one line per epoch, until it ends. Ctrl-C ends only the showing; `resnet-nb stop` stops a run."
     try:
-        launch.observe(run, click.echo)
+        _observe(run)
     except KeyboardInterrupt:
         click.echo(f"\n{run.name} goes on; resnet-nb stop {run.name} stops it", err=True)
         raise
@@ -465,7 +501,7 @@ def stop(run):
         _mend(run)
         return
     launch.stop(run)
-    launch.observe(run, click.echo, history=False)
+    _observe(run, history=False)
 
 # %% ../nbs/90_cli.ipynb #explore-command
 @main.command()

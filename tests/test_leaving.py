@@ -4,9 +4,11 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import termios
@@ -283,15 +285,22 @@ def test_a_signal_before_the_run_begins_ends_all(data, home):
     assert not is_locked(run_dir) and not processes_of(run_dir)
 
 
-def test_a_closed_terminal_leaves_the_run_alone_and_its_notebook_is_completed(data, home):
+def test_a_terminal_has_a_bar_and_if_closed_leaves_the_run_alone_and_its_notebook_is_completed(data, home):
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
 
     def terminal():
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     run_dir, command = train("hung-up", data, epochs=6, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=terminal)
     os.close(theirs)
-    wait_for(lambda: steps(run_dir))
+    seen = b""
+    while not (moved := re.search(r"[█▉▊▋▌▍▎▏] +epoch \d/6, step \d/8", seen.decode(errors="replace"))) and len(seen) < 100_000:
+        try:
+            seen += os.read(ours, 4096)
+        except OSError:
+            break
+    assert moved, seen.decode()
     os.close(ours)
     wait_for(lambda: command.poll() is not None)
     assert read_status(run_dir)["status"] == "completed"
@@ -314,9 +323,8 @@ def test_a_killed_kernel_leaves_the_command_with_the_run_and_the_notebook_says_s
     wait_for(lambda: epochs_done(run_dir))
     os.kill(kernel_of(command), signal.SIGKILL)
     text, _ = command.communicate(timeout=300)
-    assert command.returncode == 0 and "the run goes on; it is shown here" in text and "epoch   6/6" in text and "Traceback" not in text, (
-        text
-    )
+    assert command.returncode == 0 and "the run goes on; it is shown here" in text and "epoch   6/6" in text, text
+    assert "Traceback" not in text and "█" not in text  # a bar is for terminals
     told = executed(run_dir)
     assert told["train"][0] == "failed" and told["plot-run"][:2] == ("pending", None) and "image/png" in told["plot-run"][2]
     assert "is completed, after 6 of 6 epochs" in (run_dir / "train.ipynb").read_text()

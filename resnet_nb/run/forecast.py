@@ -124,8 +124,10 @@ def beside_lines(run_dir: Path, config: RunConfig, checks: list[Check]) -> list[
         seconds = sum(epoch["seconds"] for epoch in epochs)
         speed = sum(epoch["pictures_per_second"] * epoch["seconds"] for epoch in epochs) / seconds
         wait = sum(epoch["data_wait"] * epoch["seconds"] for epoch in epochs) / seconds
-        told = f"{known[size]['pictures_per_second']:,.0f} pictures/s, {known[size]['data_wait']:.0%}" if size in known else "no forecast"
-        lines.append(f"{size:>4} px  {speed:>8,.0f} pictures/s, {wait:>4.0%} waiting for data  (forecast: {told})")
+        told = (
+            f"  (forecast: {known[size]['pictures_per_second']:,.0f} pictures/s, {known[size]['data_wait']:.0%})" if size in known else ""
+        )
+        lines.append(f"{size:>4} px  {speed:>8,.0f} pictures/s, {wait:>4.0%} waiting for data{told}")
     peak = max((epoch.get("peak_memory", 0) for epochs in by_size.values() for epoch in epochs), default=0)
     disk = sum(path.stat().st_size for path in (run_dir / "checkpoints").rglob("*") if path.is_file())
     said = {check.what: check.needs for check in checks}

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'CODES', 'PASSING', 'command', 'stray_variables', 'first_error', 'supervise',
-           'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'epoch_line', 'duration', 'pixels_before',
-           'Progress', 'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train', 'run_names',
-           'describe_run', 'twins', 'twin_line']
+           'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'coming_rows', 'epoch_line', 'duration',
+           'pixels_before', 'Progress', 'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train',
+           'run_names', 'describe_run', 'twins', 'twin_line']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
 import contextlib
@@ -308,7 +308,7 @@ def stop(run_dir: Path) -> None:
         ) from None
 
 # %% ../../nbs/run/06_launch.ipynb #new_rows
-def _new_rows(run_dir: Path) -> Iterator[list[dict]]:
+def coming_rows(run_dir: Path) -> Iterator[list[dict]]:
     "Whole rows of metrics.jsonl as they come, without end; the first list holds what is there."
     path, seen = run_dir / "metrics.jsonl", 0
     while True:
@@ -465,7 +465,7 @@ def observe(
     on_progress: Callable[[Progress], bool] = lambda progress: False,  # called every second; is it seen?
 ) -> dict:
     "Show a run until it ends, and return its status; RunFailed where it failed. An interrupt ends only the looking on."
-    config, new_rows, train = load_config(run_dir), _new_rows(run_dir), {}
+    config, new_rows, train = load_config(run_dir), coming_rows(run_dir), {}
     progress, told = Progress(run_dir), Told(show, on_progress)
     if not history:
         progress.see(next(new_rows))
