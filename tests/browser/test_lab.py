@@ -346,6 +346,24 @@ def test_a_run_is_evaluated(opened, finished):
         tab.shot(f"2-{re.split('[ (]', name)[0]}", tab.cell(name))
 
 
+def test_pictures_from_the_browser_are_answered(opened, finished, project):
+    tab = opened("nbs/predict.ipynb")
+    tab.write("run: str", f"run, pictures, which, top, out = {finished!r}, '', 'best', 3, ''")
+    tab.run_all()
+    button = tab.cell("upload_box").locator("button", has_text="Pictures")
+    button.wait_for()
+    tab.idle()
+    for count in (2, 1):  # and once more, in place of the first ones
+        with tab.page.expect_file_chooser() as chooser:
+            button.click()
+        chooser.value.set_files(sorted((project / "data" / "small" / "val" / "1").iterdir())[:count])
+        wait(lambda: f"({count})" in button.inner_text(), "the upload")
+        tab.idle()
+        wait(lambda: tab.cell("upload_box").locator("img").count() == 1, "the answers")
+        tab.shot(f"{count}-answered", tab.cell("upload_box"))
+    assert not tab.page.locator(FAULTS).count()
+
+
 def test_data_is_checked_and_a_bar_moves_meanwhile(opened, project):
     tab = opened("nbs/check.ipynb")
     tab.write("data_dir: str", f"data_dir = {str(project / 'data' / 'small')!r}")
