@@ -357,7 +357,7 @@ def test_pictures_from_the_browser_are_answered(opened, finished, project):
         with tab.page.expect_file_chooser() as chooser:
             button.click()
         chooser.value.set_files(sorted((project / "data" / "small" / "val" / "1").iterdir())[:count])
-        wait(lambda: f"({count})" in button.inner_text(), "the upload")
+        wait(lambda count=count: f"({count})" in button.inner_text(), "the upload")
         tab.idle()
         wait(lambda: tab.cell("upload_box").locator("img").count() == 1, "the answers")
         tab.shot(f"{count}-answered", tab.cell("upload_box"))
