@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO
 
 from ..config import RunConfig, checked, project_root
-from ..files import SPARE, keep_spare, read_json, told_if_full, write_file, write_json
+from ..files import SPARE, DamagedFile, keep_spare, read_json, told_if_full, write_file, write_json
 
 # %% ../../nbs/run/00_folder.ipynb #first_difference
 def first_difference(a: dict, b: dict) -> tuple | None:
@@ -222,9 +222,13 @@ def damaged_lines(run_dir: Path) -> list[int]:
 
 # %% ../../nbs/run/00_folder.ipynb #best_epoch
 def write_summary(run_dir: Path, more: dict) -> None:
-    "metrics.json: the best epoch, all epochs, and `more`."
+    "metrics.json: the best epoch, all epochs, and `more`. A damaged one is made anew from the record, which it only sums up."
     numbers = {"best": best_epoch(run_dir), "train": read_rows(run_dir, "epoch"), "val": read_rows(run_dir, "val")}
-    write_json(run_dir / "metrics.json", read_json(run_dir / "metrics.json") | numbers | more)
+    try:
+        known = read_json(run_dir / "metrics.json")
+    except DamagedFile:
+        known = {}
+    write_json(run_dir / "metrics.json", known | numbers | more)
 
 
 def best_epoch(run_dir: Path) -> dict:
