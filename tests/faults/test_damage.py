@@ -184,7 +184,7 @@ def swap(train: Path) -> None:
 PICTURES = {
     "a picture removed": (lambda train: next((train / "0").iterdir()).unlink(), "was started on other data"),
     "a class renamed": (lambda train: (train / "0").rename(train / "9"), ""),
-    "a picture cut short": (lambda train: cut(next((train / "0").iterdir())), "was started on other data"),
+    "a picture cut short": (lambda train: cut(next((train / "0").iterdir())), "data must not change under a run"),
     "two pictures swapped": (swap, ""),
     "the folder removed": (lambda train: shutil.rmtree(train), ""),
 }
