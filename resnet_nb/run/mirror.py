@@ -26,9 +26,9 @@ from typing import IO, Any, NamedTuple
 from ..config import RunConfig, nearest
 from ..files import DamagedFile, free_bytes, no_room, read_json, told_if_full, write_file, write_json
 from .checkpoints import STATE, checkpoints, damage, drop_partial, find_checkpoint, partial_path, reveal_checkpoint
-from .folder import RunBusy, first_difference, lock_run, make_run_dir, run_identity, utc_now
+from .folder import RunBusy, first_difference, lock_run, make_run_dir, run_identity, run_path, utc_now
 
-# %% ../../nbs/run/02_mirror.ipynb #open_place
+# %% ../../nbs/run/02_mirror.ipynb #Place
 class Place(NamedTuple):
     "A run's folder in a mirror."
 
@@ -52,6 +52,23 @@ def _told(url: str) -> Iterator[None]:
         said = next(iter(str(error).splitlines()), "")
         raise ValueError(f"mirror {url!r} can't be used: {type(error).__name__}: {said}; mend that, or train without a mirror") from error
 
+# %% ../../nbs/run/02_mirror.ipynb #open_place
+BUCKETS = {
+    "s3",
+    "s3a",
+    "gs",
+    "gcs",
+    "az",
+    "abfs",
+    "abfss",
+    "oss",
+    "oci",
+}  # of objects; making a folder there could make a bucket of a misspelt name
+
+
+def _is_bucket(files: Any) -> bool:
+    return bool(BUCKETS & ({files.protocol} if isinstance(files.protocol, str) else {*files.protocol}))
+
 
 def open_place(url: str, name: str) -> Place:
     "Where the run `name` lies below `url`; ValueError for a folder that can't be meant, and where a package is missing. Nothing is read yet."
@@ -70,26 +87,11 @@ def open_place(url: str, name: str) -> Place:
             package = known[protocol]["class"].partition(".")[0]
             remedy = f"{sys.executable} -m pip install {package}" if package != "fsspec" else f"install it: {error}"
             raise ValueError(f"mirror={url!r} needs a package that is not installed; {remedy}") from None
+    if not _is_bucket(files) and Path(root).resolve() == run_path(name).resolve():
+        raise ValueError(f"mirror={url!r} is the folder of runs itself; name another one, on another machine or disk")
     return Place(f"{url.rstrip('/')}/{name}", files, root.rstrip("/"))
 
 # %% ../../nbs/run/02_mirror.ipynb #write
-BUCKETS = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "az",
-    "abfs",
-    "abfss",
-    "oss",
-    "oci",
-}  # of objects; making a folder there could make a bucket of a misspelt name
-
-
-def _is_bucket(files: Any) -> bool:
-    return bool(BUCKETS & ({files.protocol} if isinstance(files.protocol, str) else {*files.protocol}))
-
-
 def _create(files: Any, path: str) -> Any:
     "A new file, open for writing, in a folder that is there."
     if not _is_bucket(files):
@@ -208,7 +210,8 @@ def push(
         for name in {*listed(place)} - kept - {_read(place.files, named).decode().strip()}:
             if place.files.exists(place.at(f"checkpoints/{name}/MANIFEST.json")):
                 place.files.rm(place.at(f"checkpoints/{name}/MANIFEST.json"))
-            place.files.rm(place.at(f"checkpoints/{name}"), recursive=True)
+            with contextlib.suppress(FileNotFoundError):  # in a bucket a folder goes with its last file
+                place.files.rm(place.at(f"checkpoints/{name}"), recursive=True)
 
 # %% ../../nbs/run/02_mirror.ipynb #owner
 BEAT, SILENCE = 20.0, 60.0  # s between two signatures; s without a new one after which a machine counts as gone
