@@ -150,9 +150,9 @@ def _push_files(run_dir: Path, place: Place, pushed: dict) -> None:
         if name in HERE or re.search(r"^checkpoints/|(^|/)\.", name) or path.is_symlink() or not path.is_file():
             continue
         with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-            stamp, data = (path.stat().st_size, path.stat().st_mtime_ns), path.read_bytes()
+            stamp = path.stat().st_size, path.stat().st_mtime_ns  # before it is read: what comes meanwhile is for the next push
             if pushed.get(name) != stamp:
-                _write(place.files, place.at(name), data)
+                _write(place.files, place.at(name), path.read_bytes())
                 pushed[name] = stamp
 
 # %% ../../nbs/run/02_mirror.ipynb #push_checkpoint
