@@ -44,6 +44,7 @@ from .run.forecast import forecast, forecast_lines, keep_forecast, measure, pari
 from .run.forecast import parity as run_parity
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, mend_status, read_status, run_path
 from .run.hardware import check_lines, check_machine
+from .run.mirror import pull, push_page
 from .run.plan import WRITTEN_RUN, describe, resolve, validate
 
 # %% ../nbs/90_cli.ipynb #read_options
@@ -420,6 +421,7 @@ def train(name, p, r, y, f, detach):
         )
     validate(config)
     run_dir = make_run_dir(config.name)
+    pull(config, lambda line: click.echo(line, err=True))
     with lock_run(run_dir):  # refuses while another process writes this run
         create_run(config)
     for run in launch.twins(config) if not config.parameters.name else []:
@@ -428,7 +430,10 @@ def train(name, p, r, y, f, detach):
     if detach:
         return _detached(run_dir)
     with _signals(functools.partial(_first, run_dir=run_dir)), _signals(_hung_up, (signal.SIGHUP,)):
-        _train_in_notebook(run_dir, template)
+        try:
+            _train_in_notebook(run_dir, template)
+        finally:
+            push_page(run_dir, config.hardware.mirror)  # the notebook is whole only now
     _Screen().say(f"done: {_shown(run_dir / 'train.ipynb')} and {_shown(run_dir / 'curves.png')}")
 
 # %% ../nbs/90_cli.ipynb #seeds-command
@@ -462,7 +467,7 @@ def runs(as_json):
     for run in found:
         best = "" if run.get("best") is None else f"best {run['best']:.2%}"
         far = (
-            f"epoch {run['epoch']}/{run['epochs']}  step {run['step']:<7,}  {best:<12}  {run['recipe']} on {run['hw']}, {launch.duration(run['age'])} ago"
+            f"epoch {run['epoch']}/{run['epochs']}  step {run['step']:<7,}  {best:<12}  {run['recipe']} on {run['hw']}, {launch.duration(run['age'])} ago{', ' * bool(run['mirror'])}{run['mirror']}"
             if "epochs" in run
             else run["problem"]
         )

@@ -382,6 +382,7 @@ class Hardware(Strict):
         10.0,
         gt=0,
     )
+    mirror: str = what("folder where a run is copied to and found again by a fresh machine: s3://bucket/runs, any URL of fsspec", "")
     default_recipe: str = what("what this profile trains when nothing is named", "digits")
 
     @model_validator(mode="after")

@@ -188,7 +188,7 @@ def test_runs_are_listed_and_a_name_of_none_has_the_nearest(from_elsewhere, home
     listed = {run["name"]: run for run in json.loads(resnet_nb("runs", "--json").stdout)}
     assert listed["2024_01"].pop("age") < 3600 and listed["2024_01"] | {"best": 0, "last": 0} == {
         "name": "2024_01", "status": "completed", "epoch": 1, "epochs": 1, "step": 4, "best": 0, "last": 0, "recipe": "digits", "hw": "cpu2",
-        "problem": "",
+        "problem": "", "mirror": "",
     }  # fmt: skip
     assert len(resnet_nb("runs").stdout.splitlines()) == len(listed)
     done = resnet_nb("train", "2024_02")

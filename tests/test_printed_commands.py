@@ -35,6 +35,10 @@ RUN = {
     "resnet-nb train -p hw g5": ("", FEW_CUDA),
     "resnet-nb train -p hw p3": ("", FEW_CUDA),
     "resnet-nb train -p hw cuda -p recipe imagenette -p data_dir ~/imagenette": (" -p data_dir {data}", FEW_CUDA),
+    "resnet-nb train -p hw cuda -p recipe imagenet -r name night -y 'overrides: {mirror: s3://bucket/runs}'": (
+        " -p data_dir {data}",
+        FEW_CUDA,
+    ),
     "resnet-nb train -y '{overrides: {epochs: 2, arch: resnet34, image_sizes: [64, 96]}}'": (
         " -r name {new} -p recipe digits -p data_dir {data}",
         "done: ",

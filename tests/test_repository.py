@@ -67,6 +67,8 @@ KERNEL_SIDE |= {
     "run.folder",
     "run.hardware",
     "run.checkpoints",
+    "run.mirror",
+    "run.spot",
     "run.plan",
     "run.launch",
     "run.forecast",

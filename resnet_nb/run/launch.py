@@ -26,7 +26,7 @@ from typing import Any
 
 from ..config import Recipe, RunConfig
 from ..data.sampler import steps_per_epoch
-from ..files import SPARE, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json
+from ..files import SPARE, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
     RunBusy,
     all_rows,
@@ -48,6 +48,9 @@ from resnet_nb.run.folder import (
     write_status,
 )  # fmt: skip
 from .hardware import memory_remedy, oom_kills
+from .mirror import keep_mirror, mirror_line, open_place, pull, sign_off
+from .plan import count_again
+from .spot import watch_notices
 from ..schedule import size_plan
 from ..watch import GRACE, PARENT_GONE, PATIENCE, PRIVATE, SLOW, end_ranks, late, late_ranks
 
@@ -214,6 +217,22 @@ def _attempt(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], 
     oom = None if kills is None else oom_kills() - kills
     return _outcome(run_dir, attempt, config.world_size, exit_code, hang, oom)
 
+# %% ../../nbs/run/06_launch.ipynb #count_devices
+def _count_devices(run_dir: Path) -> str:
+    "Before another attempt: write into config.json how many devices there are now, where the run takes all; what is wrong if they can't serve."
+    config = load_config(run_dir)
+    try:
+        now = count_again(config)
+    except ValueError as problem:
+        return str(problem)
+    except RuntimeError as problem:  # torch does not answer: then the ranks say why
+        print(problem, file=sys.stderr, flush=True)
+        return ""
+    if now != config:
+        print(f"{utc_now()} goes on with {now.world_size} devices, had {config.world_size}", file=sys.stderr, flush=True)
+        write_json(run_dir / "config.json", now.model_dump(mode="json"))
+    return ""
+
 # %% ../../nbs/run/06_launch.ipynb #supervise
 def _cpu_seconds() -> float:
     "CPU time of all processes that were started here and have ended, with those that they started."
@@ -227,7 +246,7 @@ def _reached(run_dir: Path) -> tuple[int, set[Path]]:
     return max(steps, default=0), set((run_dir / "checkpoints").glob("step-*"))
 
 
-def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
+def _attempts(run_dir: Path, lock: int, max_attempts: int) -> None:
     "Start the ranks, wait, start them again while they get on, and keep run.json true."
     config = load_config(run_dir)
     attempts = read_status(run_dir)["attempts"]
@@ -254,6 +273,20 @@ def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
             spare.unlink()
         if not again:
             break
+        if problem := _count_devices(run_dir):
+            attempts[-1] |= {"kind": "Refused"}
+            write_status(run_dir, status="failed", reason=f"{problem} (before that: {outcome['reason']})", attempts=attempts)
+            break
+        config = load_config(run_dir)
+
+# %% ../../nbs/run/06_launch.ipynb #supervised
+def supervise(run_dir: Path, lock: int, max_attempts: int = 20) -> None:
+    "Bring the run to its end in at most `max_attempts` attempts; keep its mirror, and stop it where AWS is about to take the machine."
+    with (
+        watch_notices(lambda reason: write_file(run_dir / "STOP", f"{reason}\n")),
+        keep_mirror(run_dir, load_config(run_dir).hardware.mirror),  # after the last attempt it pushes once more
+    ):
+        _attempts(run_dir, lock, max_attempts)
 
 
 if __name__ == "__main__" and "__file__" in globals():
@@ -273,13 +306,16 @@ class RunStopped(RuntimeError):
         return [f"RunStopped: {self}"]
 
 
-def start(config: RunConfig) -> Path:
-    "Create the run's folder, or find it again, and start its processes; RunBusy where another writes it. Returns the folder."
+def start(config: RunConfig, show: Callable[[str], None] = print) -> Path:
+    "Create the run's folder, or find it again, here or in its mirror, and start its processes; RunBusy where another writes it. Returns the folder."
     run_dir = make_run_dir(config.name)
+    pull(config, show)
     mend_status(run_dir)
     with lock_run(run_dir) as lock:
         create_run(config)
         if read_status(run_dir)["status"] == "completed":
+            if config.hardware.mirror:
+                sign_off(run_dir, open_place(config.hardware.mirror, config.name))
             return run_dir
         (run_dir / "STOP").unlink(missing_ok=True)
         write_status(run_dir, status="running", reason="")
@@ -456,6 +492,12 @@ class Told:
                 self.show(str(progress))
             self.line = now
 
+# %% ../../nbs/run/06_launch.ipynb #other_devices
+def _other_devices(run_dir: Path, attempt: int) -> str:
+    "What to add to a line about an attempt on another number of devices than the one before it."
+    counts = [of.get("world_size") for of in read_status(run_dir)["attempts"][:attempt]][-2:]
+    return f", goes on with {counts[1]} device{'s' * (counts[1] != 1)}, had {counts[0]}" if len(set(counts)) == 2 else ""
+
 # %% ../../nbs/run/06_launch.ipynb #follow
 def observe(
     run_dir: Path,
@@ -466,7 +508,7 @@ def observe(
 ) -> dict:
     "Show a run until it ends, and return its status; RunFailed where it failed. An interrupt ends only the looking on."
     config, new_rows, train = load_config(run_dir), coming_rows(run_dir), {}
-    progress, told = Progress(run_dir), Told(show, on_progress)
+    progress, told, mirror = Progress(run_dir), Told(show, on_progress), ""
     if not history:
         progress.see(next(new_rows))
     while True:
@@ -474,7 +516,9 @@ def observe(
         progress.see(rows := next(new_rows))
         for row in rows:
             if row.get("note") == "start" and row["step"]:
-                show(f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}")
+                show(
+                    f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}{_other_devices(run_dir, row['attempt'])}"
+                )
             if row["event"] == "epoch":
                 train = row
             if row["event"] == "val":
@@ -482,6 +526,9 @@ def observe(
                 news = True
         if news:
             on_epoch()
+        if (said := mirror_line(run_dir)) != mirror and (not running or "not reached" in said + mirror):
+            show(said)
+            mirror = said
         if not running:
             break
         told.tell(progress, news)
@@ -545,7 +592,7 @@ def train(config: RunConfig, show: Callable[[str], None] = print, **how) -> Path
     run_dir = run_path(config.name)
     try:
         try:
-            start(config)
+            start(config, show)
         except RunBusy:
             if not is_running(run_dir) or run_identity(load_config(run_dir)) != run_identity(config):
                 raise
@@ -581,6 +628,7 @@ def describe_run(name: str) -> dict:
         "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs,
         "step": steps[-1]["step"] if steps else 0, "best": best.get("val/acc"), "last": last.get("val/acc"), "recipe": config.recipe_name,
         "hw": config.hw, "age": round(time.time() - written), "problem": status["reason"],
+        "mirror": mirror_line(run_path(name)),
     }  # fmt: skip
 
 # %% ../../nbs/run/06_launch.ipynb #twins

@@ -53,7 +53,7 @@ class StopFlag:
     def look(self, is_global_zero: bool) -> str:
         "The reason to stop, if there is one."
         if not self.reason and is_global_zero and self.stop_file.exists():
-            self.reason = "a STOP file"
+            self.reason = self.stop_file.read_text(encoding="utf-8", errors="replace").strip() or "a STOP file"
         if not self.reason and self.parent and os.getppid() != self.parent:
             self.reason = PARENT_GONE
         return self.reason
