@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'NO_MEMORY', 'set_threads', 'validate_exact', 'cpu_model', 'onednn_isa', 'numerics_class', 'device_facts',
-           'data_facts', 'record_manifest', 'loaded_line', 'check_contents', 'join_ranks', 'make_trainer', 'run_rank',
-           'is_ours', 'describe_error', 'quiet', 'main']
+           'data_facts', 'record_manifest', 'loaded_line', 'check_contents', 'join_ranks', 'make_trainer', 'agree_with',
+           'start_together', 'run_rank', 'is_ours', 'describe_error', 'quiet', 'main']
 
 # %% ../../nbs/run/04_worker.ipynb #imports
 import atexit
+import contextlib
 import ctypes
 import functools
 import logging
@@ -43,20 +44,21 @@ from ..learn.module import ResNetModule
 from ..learn.numerics import ExactDDPStrategy
 from .checkpoints import STATE, checkpoints, find_checkpoint, weights_source
 from resnet_nb.run.folder import (
-    NUMERIC_VARIABLES, append_rows, code_facts, environment_facts, first_difference, hold_as_rank,
-    load_config, read_rows, utc_now, write_summary,
+    NUMERIC_VARIABLES, append_rows, code_facts, code_sha256, environment_facts, first_difference, hold_as_rank,
+    load_config, read_rows, run_identity, utc_now, write_summary,
 )  # fmt: skip
 from .hardware import memory_remedy
-from .recording import DataWaitProfiler, GraphCallback, MetricsCallback, TextLoggingCallback, explain
+from .recording import DataWaitProfiler, GraphCallback, MetricsCallback, TextLoggingCallback, explain, is_first
 from .stopping import CheckpointCallback, PulseCallback, ResolutionScheduleCallback, Stopped
+from .together import REMEDIES, PeerFailed, Peers, agree, disagreement, meet, open_store, share_checkpoint, until_together
 from ..schedule import size_at
-from ..watch import SLOW
+from ..watch import BEGUN, PRIVATE, SLOW
 
 # %% ../../nbs/run/04_worker.ipynb #set_threads
 def set_threads(config: RunConfig) -> None:
     "Set the CPU threads of this rank: as the profile says; else one for exact numerics, an even share where ranks share a CPU, torch's choice."
-    hardware = config.hardware
-    shared = max(1, (os.cpu_count() or 1) // config.world_size) if config.world_size > 1 else torch.get_num_threads()
+    hardware, devices = config.hardware, int(config.hardware.devices)
+    shared = max(1, (os.cpu_count() or 1) // devices) if config.world_size > 1 else torch.get_num_threads()
     torch.set_num_threads(hardware.num_threads or (1 if config.numerics == "exact" else shared))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # without it Lightning's DDP sets the threads anew
 
@@ -131,7 +133,8 @@ def device_facts(config: RunConfig, accelerator: str) -> dict:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if accelerator == "cuda" else []
     return {
         "accelerator": accelerator,
-        "devices": cuda or [accelerator] * config.world_size,
+        "devices": cuda or [accelerator] * int(config.hardware.devices),
+        "nodes": config.hardware.nodes,
         "world_size": config.world_size,
         "numerics_class": numerics_class(config, accelerator),
     }
@@ -215,8 +218,8 @@ def check_contents(run_dir: Path, datamodule: ImageNetDataModule, step: int) -> 
 
 # %% ../../nbs/run/04_worker.ipynb #join_ranks
 def join_ranks(config: RunConfig) -> None:
-    """Bring the ranks of this attempt together, if there are several. Where they meet is a file in a folder that only this user can open, and torchrun's name for the run;
-    Lightning would have rank zero listen for anybody."""
+    """Bring the ranks of this attempt together, if there are several. On one machine they meet in a file in a folder that only this user can open, and torchrun's name for the run;
+    Lightning would have rank zero listen for anybody. Several machines meet in torchrun's store, on the one that leads."""
     if config.world_size == 1:
         return
     cuda = config.hardware.accelerator == "cuda"
@@ -225,11 +228,13 @@ def join_ranks(config: RunConfig) -> None:
         torch.cuda.set_device(device)
         atexit.register(torch.distributed.destroy_process_group)
     minutes = max(10, SLOW * config.hardware.hang_minutes)  # a rank that hangs is found before its peers give up
-    torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo",
-        store=torch.distributed.FileStore(str(Path(os.environ["TORCHELASTIC_RUN_ID"]) / "store"), config.world_size),
-        rank=int(os.environ["RANK"]), world_size=config.world_size, timeout=timedelta(minutes=minutes), device_id=device,
-    )  # fmt: skip
+    several, private = config.hardware.nodes > 1, Path(os.environ["TORCHELASTIC_RUN_ID"])
+    with until_together() if several else contextlib.nullcontext():
+        torch.distributed.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=open_store() if several else torch.distributed.FileStore(str(private / "store"), config.world_size),
+            rank=int(os.environ["RANK"]), world_size=config.world_size, timeout=timedelta(minutes=minutes), device_id=device,
+        )  # fmt: skip
 
 # %% ../../nbs/run/04_worker.ipynb #make_trainer
 def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int) -> L.Trainer:
@@ -243,7 +248,8 @@ def make_trainer(config: RunConfig, run_dir: Path, attempt: int, first_step: int
     )
     return L.Trainer(
         accelerator=accelerator,
-        devices=config.world_size,
+        devices=int(hardware.devices),
+        num_nodes=hardware.nodes,
         strategy=ddp if config.world_size > 1 else "auto",
         precision=hardware.precision,
         max_epochs=config.recipe.epochs,
@@ -280,51 +286,117 @@ def _note_end(run_dir: Path, trainer: L.Trainer, attempt: int, outcome: str) -> 
     if outcome == "completed":
         write_summary(run_dir, {})  # once more: a run that was killed after its last checkpoint has nothing left to train
 
+# %% ../../nbs/run/04_worker.ipynb #agree_with
+def agree_with(peers: Peers, config: RunConfig, devices: dict, data: dict, checkpoint: Path | None) -> tuple[Path | None, dict, str]:
+    """The checkpoint of the machine that leads, the files of its manifest, and a warning where the machines round differently.
+
+    Raises ValueError, on all ranks, where they can't train together."""
+    where = config.hardware.model_dump(include={"nodes", "devices", "accelerator", "precision"})
+    run = {name: value for name, value in (run_identity(config) | where).items() if name != "weights"}  # a path; its content is compared
+    code = (
+        "config",
+        "seed",
+        "schedule",
+        "data.sampler",
+        "data.transforms",
+        "data.datamodule",
+        "learn.module",
+        "learn.network",
+        "learn.numerics",
+        "run.stopping",
+    )
+    mine = {
+        "host": peers.host, "leads": config.leads, "code": {"sha256 of the code": code_sha256(*code)}, "run": run,
+        "data": data, "numerics_class": devices.get("numerics_class", {}),
+        "checkpoint": str(checkpoint) if checkpoint else "", "files": read_json(checkpoint / "MANIFEST.json")["files"] if checkpoint else {},
+    }  # fmt: skip
+    facts = peers.exchange("facts", mine)
+    warning = agree(facts, config.numerics == "exact")
+    found = facts[0]["checkpoint"]
+    return Path(found) if found else None, facts[0]["files"], warning
+
+
+def start_together(peers: Peers, loaded: dict | None) -> None:
+    "Wait until all machines have come so far; ValueError where they start from different weights."
+    facts = peers.exchange("start", {"host": peers.host, "weights": {"sha256 of the starting weights": (loaded or {}).get("sha256", "")}})
+    if problem := disagreement(facts, "weights"):
+        raise ValueError(f"{problem}; {REMEDIES['weights']}")
+
 # %% ../../nbs/run/04_worker.ipynb #run_rank
-def run_rank(run_dir: Path, attempt: int) -> str:
-    "Train to the end or to a stop, and return 'completed' or 'stopped: reason'."
-    config = load_config(run_dir)
-    set_threads(config)
-    if config.numerics == "exact":
-        validate_exact(config, config.hardware.accelerator)
-    is_zero = int(os.environ.get("RANK", 0)) == 0
-    say = functools.partial(print, flush=True) if is_zero else (lambda text: None)
-    datamodule = ImageNetDataModule(config)
-    datamodule.setup()
-    steps_per_epoch = datamodule.train_sampler().steps_per_epoch
-    checkpoint = find_checkpoint(run_dir, say)
-    classes = datamodule.num_classes
-    module = ResNetModule(config, classes, steps_per_epoch, np.bincount(datamodule.train_index.labels, minlength=classes))
-    loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
-    if is_zero:
-        devices = device_facts(config, config.hardware.accelerator) | {"inspection": datamodule.inspection}
-        warning = record_manifest(run_dir, config, data_facts(datamodule), attempt, devices, checkpoint is not None, loaded)
-        with open(run_dir / "train.log", "a", encoding="utf-8") as log:
-            for line in filter(None, [warning and f"⚠️ {warning}", loaded and loaded_line(loaded)]):
-                say(line)
-                log.write(f"{line}\n")
-    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    if step == config.recipe.epochs * steps_per_epoch:
-        say(f"▶️ {checkpoint.name} is the end of the run: nothing is left to train")
-    elif checkpoint:
-        say(f"▶️ Resumes from {checkpoint.name}: epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch} of {steps_per_epoch}")
-        if is_zero:
-            say(f"🔍 {check_contents(run_dir, datamodule, step)} files of its last steps hold what they held")
-    join_ranks(config)
-    trainer = make_trainer(config, run_dir, attempt, step)
+def _fit(run_dir: Path, attempt: int, trainer: L.Trainer, module: ResNetModule, datamodule: ImageNetDataModule, state: Path | None) -> str:
+    "Train, from a checkpoint's `state` if there is one, and return how it ended."
     outcome = "completed"
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint / STATE if checkpoint else None)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=state)
     except Stopped as stop:
         outcome = f"stopped: {stop}"
     except FloatingPointError as error:
         raise FloatingPointError(explain(error, run_dir, module, datamodule)) from error
     except Exception as error:
-        error.add_note(f"in epoch {trainer.current_epoch + 1}, with pictures of {size_at(config.recipe, trainer.current_epoch)} px")
+        epoch, recipe = trainer.current_epoch, module.config.recipe
+        error.add_note(f"in epoch {epoch + 1}, with pictures of {size_at(recipe, epoch)} px")
         raise
-    if trainer.is_global_zero:
+    if is_first(trainer):
         _note_end(run_dir, trainer, attempt, outcome)
     return outcome
+
+
+def _run_rank(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) -> str:
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    say = functools.partial(print, flush=True) if first else (lambda text: None)
+    datamodule = ImageNetDataModule(config)
+    datamodule.setup()
+    steps_per_epoch = datamodule.train_sampler().steps_per_epoch
+    checkpoint = find_checkpoint(run_dir, say) if config.leads else None
+    devices = device_facts(config, config.hardware.accelerator) | {"inspection": datamodule.inspection} if first else {}
+    data, files, warned = data_facts(datamodule) if first else {}, {}, [""]
+    if peers:
+        checkpoint, files, warned[0] = agree_with(peers, config, devices, data, checkpoint)
+    classes = datamodule.num_classes
+    module = ResNetModule(config, classes, steps_per_epoch, np.bincount(datamodule.train_index.labels, minlength=classes))
+    loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
+    if first:
+        warned.append(record_manifest(run_dir, config, data, attempt, devices, checkpoint is not None, loaded))
+        with open(run_dir / "train.log", "a", encoding="utf-8") as log:
+            for line in (*(f"⚠️ {said}" for said in warned if said), *([loaded_line(loaded)] if loaded else [])):
+                say(line)
+                log.write(f"{line}\n")
+    if peers:
+        start_together(peers, loaded)
+    step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
+    if checkpoint and step == config.recipe.epochs * steps_per_epoch:
+        say(f"▶️ {checkpoint.name} is the end of the run: nothing is left to train")
+    elif checkpoint:
+        say(f"▶️ Resumes from {checkpoint.name}: epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch} of {steps_per_epoch}")
+        if first:
+            say(f"🔍 {check_contents(run_dir, datamodule, step)} files of its last steps hold what they held")
+    join_ranks(config)
+    if peers and checkpoint:
+        checkpoint = share_checkpoint(peers, run_dir, checkpoint, files, int(config.hardware.devices))
+    if PRIVATE in os.environ:
+        (Path(os.environ[PRIVATE]) / BEGUN).touch()
+    trainer = make_trainer(config, run_dir, attempt, step)
+    return _fit(run_dir, attempt, trainer, module, datamodule, checkpoint / STATE if checkpoint else None)
+
+
+def run_rank(run_dir: Path, attempt: int) -> str:
+    "Train to the end or to a stop, and return 'completed' or 'stopped: reason'. Of several machines, all hear how one of them fails."
+    config = load_config(run_dir)
+    set_threads(config)
+    if config.numerics == "exact":
+        validate_exact(config, config.hardware.accelerator)
+    peers = meet(config)
+    try:
+        return _run_rank(run_dir, config, attempt, peers)
+    except Exception as error:
+        said = describe_error(run_dir, error)
+        told = said
+        if peers:
+            with contextlib.suppress(RuntimeError):  # the one that leads is gone
+                told = peers.tell(said)
+        if told != said:
+            raise PeerFailed(told) from error
+        raise
 
 # %% ../../nbs/run/04_worker.ipynb #describe_error
 NO_MEMORY = re.compile("(OutOf)?MemoryError|[Cc]an(no|')t allocate memory|can't start new thread")
@@ -339,6 +411,8 @@ def is_ours(error: BaseException) -> bool:
 def describe_error(run_dir: Path, error: BaseException) -> str:
     "Kind of an error and what it says; where memory or disk are used up, of which kind that is, and what to do."
     kind, text = type(error).__name__, str(error)
+    if isinstance(error, PeerFailed):
+        return text
     if isinstance(error, BadPicture):
         text = error.sentence
     elif type(error) is ValueError and is_ours(error):
