@@ -518,7 +518,19 @@ def _shared_unevenly(count: int, devices: int, nodes: int = 1) -> str:
     near, many = max(n for n in each if n <= devices), f"device{'s' * (each[-1] > 1)}"
     if nodes == 1:
         return f"{said} {devices} devices; use {words(each)} {many}, here overrides: {{devices: {near}}}"
-    return f"{said} {devices} devices on each of {nodes} machines; use {words(each)} {many} on each, here overrides: {{devices: {near}}}"
+    return (
+        f"{said} {devices} devices on each of {nodes} machines; use {words(each)} {many} on each, here overrides: {{devices: {near}}}, "
+        f"or num_microbatches: {devices * nodes}, which changes what is learned"
+    )
+
+
+def _not_exact(hardware: Hardware) -> str:
+    "Why numerics=exact can't be held there; empty where it can."
+    if hardware.compile:
+        return "compile=True: compiled kernels add in an order of their own, which numerics=exact can't promise; use one of both"
+    if hardware.precision == "16-mixed":
+        return "numerics=exact can't hold gradients under fp16's loss scale; use precision 32-true or bf16-mixed, or numerics=close"
+    return ""
 
 # %% ../nbs/00_config.ipynb #RunConfig
 class RunConfig(Strict):
@@ -559,14 +571,8 @@ class RunConfig(Strict):
             )
         if left := [name for name in self.hardware.unsettled if name != "accelerator"]:
             raise ValueError(f"{left[0]}='auto' is to be resolved before there is a run; plan.resolve does it")
-        if self.numerics == "exact" and self.hardware.compile:
-            raise ValueError(
-                "compile=True: compiled kernels add in an order of their own, which numerics=exact can't promise; use one of both"
-            )
-        if self.numerics == "exact" and self.hardware.precision == "16-mixed":
-            raise ValueError(
-                "numerics=exact can't hold gradients under fp16's loss scale; use precision 32-true or bf16-mixed, or numerics=close"
-            )
+        if self.numerics == "exact" and (problem := _not_exact(self.hardware)):
+            raise ValueError(problem)
         if self.recipe.num_microbatches % self.world_size:
             raise ValueError(_shared_unevenly(self.recipe.num_microbatches, int(self.hardware.devices), self.hardware.nodes))
         return self

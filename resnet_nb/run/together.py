@@ -34,13 +34,13 @@ class PeerFailed(RuntimeError):
 
 
 @contextlib.contextmanager
-def until_together() -> Iterator[None]:
-    "Turn torch's errors about lost connections into NotMet."
+def until_together(several: bool = True) -> Iterator[None]:
+    "Where there are several machines, turn torch's errors about lost connections into NotMet."
     try:
         yield
-    except (PeerFailed, NotMet):
-        raise
     except RuntimeError as error:
+        if not several or isinstance(error, PeerFailed | NotMet):
+            raise
         raise NotMet(f"the machines lost each other before the first step: {str(error).partition(chr(10))[0]}") from error
 
 
@@ -64,7 +64,10 @@ class Peers:
 
     def tell(self, error: str) -> str:
         "Tell the others the `error` with which this machine fails, as 'kind: sentence'; returns the one that was told first, with the name of its machine."
-        told = json.loads(self.store.compare_set("failure", "", json.dumps([self.number, self.host, error])))
+        try:
+            told = json.loads(self.store.compare_set("failure", "", json.dumps([self.number, self.host, error])))
+        except RuntimeError:  # the machine that leads is gone
+            return error
         kind, _, sentence = told[2].partition(": ")
         return error if told[0] == self.number else f"{kind}: {told[1]}: {sentence}"
 

@@ -9,7 +9,6 @@ __all__ = ['SAMPLE', 'NO_MEMORY', 'set_threads', 'validate_exact', 'cpu_model', 
 
 # %% ../../nbs/run/04_worker.ipynb #imports
 import atexit
-import contextlib
 import ctypes
 import functools
 import logging
@@ -229,7 +228,7 @@ def join_ranks(config: RunConfig) -> None:
         atexit.register(torch.distributed.destroy_process_group)
     minutes = max(10, SLOW * config.hardware.hang_minutes)  # a rank that hangs is found before its peers give up
     several, private = config.hardware.nodes > 1, Path(os.environ["TORCHELASTIC_RUN_ID"])
-    with until_together() if several else contextlib.nullcontext():
+    with until_together(several):
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo",
             store=open_store() if several else torch.distributed.FileStore(str(private / "store"), config.world_size),
@@ -322,7 +321,7 @@ def start_together(peers: Peers, loaded: dict | None) -> None:
     if problem := disagreement(facts, "weights"):
         raise ValueError(f"{problem}; {REMEDIES['weights']}")
 
-# %% ../../nbs/run/04_worker.ipynb #run_rank
+# %% ../../nbs/run/04_worker.ipynb #fit
 def _fit(run_dir: Path, attempt: int, trainer: L.Trainer, module: ResNetModule, datamodule: ImageNetDataModule, state: Path | None) -> str:
     "Train, from a checkpoint's `state` if there is one, and return how it ended."
     outcome = "completed"
@@ -340,8 +339,9 @@ def _fit(run_dir: Path, attempt: int, trainer: L.Trainer, module: ResNetModule, 
         _note_end(run_dir, trainer, attempt, outcome)
     return outcome
 
-
-def _run_rank(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) -> str:
+# %% ../../nbs/run/04_worker.ipynb #train_rank
+def _train(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) -> str:
+    "`run_rank` among its `peers`, if there are several machines."
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     say = functools.partial(print, flush=True) if first else (lambda text: None)
     datamodule = ImageNetDataModule(config)
@@ -378,7 +378,7 @@ def _run_rank(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | Non
     trainer = make_trainer(config, run_dir, attempt, step)
     return _fit(run_dir, attempt, trainer, module, datamodule, checkpoint / STATE if checkpoint else None)
 
-
+# %% ../../nbs/run/04_worker.ipynb #run_rank
 def run_rank(run_dir: Path, attempt: int) -> str:
     "Train to the end or to a stop, and return 'completed' or 'stopped: reason'. Of several machines, all hear how one of them fails."
     config = load_config(run_dir)
@@ -387,14 +387,10 @@ def run_rank(run_dir: Path, attempt: int) -> str:
         validate_exact(config, config.hardware.accelerator)
     peers = meet(config)
     try:
-        return _run_rank(run_dir, config, attempt, peers)
+        return _train(run_dir, config, attempt, peers)
     except Exception as error:
         said = describe_error(run_dir, error)
-        told = said
-        if peers:
-            with contextlib.suppress(RuntimeError):  # the one that leads is gone
-                told = peers.tell(said)
-        if told != said:
+        if peers and (told := peers.tell(said)) != said:
             raise PeerFailed(told) from error
         raise
 
