@@ -247,7 +247,7 @@ class _Tries:
 def _ranks(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> tuple[int, str, bool, bool]:
     "Start the ranks of this machine, and wait for their end: exit code, what hung, whether they came into being, and whether they came to train."
     attempt, patience, h = len(attempts) + 1, 60 * config.hardware.hang_minutes, config.hardware
-    several = {"meets": meeting(config)} if h.nodes > 1 else {}
+    several: dict[str, Any] = {"meets": meeting(config)} if h.nodes > 1 else {}
     with tempfile.TemporaryDirectory(prefix="resnet-nb-") as folder, open(run_dir / "logs" / f"attempt-{attempt}.log", "ab") as log:
         private = Path(folder)
         ranks = subprocess.Popen(

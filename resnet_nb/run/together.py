@@ -24,7 +24,7 @@ from .checkpoints import STATE, damage, partial_path
 from .folder import first_difference
 from .nodes import hostname
 
-# %% ../../nbs/run/03_together.ipynb #Peers
+# %% ../../nbs/run/03_together.ipynb #NotMet
 class NotMet(RuntimeError):
     "The machines of a run lost each other before its first step."
 
@@ -43,7 +43,7 @@ def until_together(several: bool = True) -> Iterator[None]:
             raise
         raise NotMet(f"the machines lost each other before the first step: {str(error).partition(chr(10))[0]}") from error
 
-
+# %% ../../nbs/run/03_together.ipynb #Peers
 class Peers:
     "The machines of an attempt: this one is `number`, the one that leads is 0."
 
@@ -119,7 +119,7 @@ def agree(facts: list[dict], exact: bool) -> str:
             return f"the machines round differently: {problem}"
     return ""
 
-# %% ../../nbs/run/03_together.ipynb #share_checkpoint
+# %% ../../nbs/run/03_together.ipynb #send
 CHUNK = 2**24  # bytes of a checkpoint that are under way at a time
 
 
@@ -152,7 +152,7 @@ def _receive(folder: Path, files: dict, group: dist.ProcessGroup) -> None:
             f"the checkpoint that came from the machine that leads is damaged: {problem}; start the run again on all machines"
         )
 
-
+# %% ../../nbs/run/03_together.ipynb #share_checkpoint
 def share_checkpoint(
     peers: Peers,
     run_dir: Path,  # of this machine
