@@ -18,14 +18,18 @@ from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import all_rows, is_locked, read_rows, read_status
 
 # a small network: what an exact step sends over the network is 8 bytes for each weight
-RECIPE = {"arch": "shufflenet_v2_x0_5", "epochs": 5, "image_sizes": [16, 24], "hang_minutes": 0.4, "join_minutes": 3.0}
+RECIPE = {"arch": "shufflenet_v2_x0_5", "epochs": 4, "image_sizes": [16, 24], "hang_minutes": 0.6, "join_minutes": 3.0}
 PORT = 29417
 TRAIN = """
 import json, sys
 from resnet_nb.config import Parameters
 from resnet_nb.run import launch
 from resnet_nb.run.plan import resolve
-launch.train(resolve(Parameters(**json.loads(sys.argv[1]))))
+try:
+    launch.train(resolve(Parameters(**json.loads(sys.argv[1]))))
+except launch.RunFailed as error:
+    print(error)
+    sys.exit(error.code)
 """
 
 
@@ -38,6 +42,7 @@ class Network:
 
     def __init__(self, folder: Path):
         self.folder, self.mark, self.processes = folder, f"rnb{os.getpid()}", []
+        self.homes = {name: folder / name for name in ("one", "two")}
         self.spaces = {name: f"{self.mark}-{name}" for name in ("switch", "one", "two")}
 
     def __enter__(self):
@@ -69,7 +74,7 @@ class Network:
 
     def start(self, host: str, *words: str, **more: str) -> subprocess.Popen:
         """A process on a host; `more` is added to its environment."""
-        home = self.folder / host
+        home = self.homes[host]
         home.mkdir(exist_ok=True)
         within = ["ip", "netns", "exec", self.spaces[host], "unshare", "--uts", "sh", "-c", f'hostname {host}; exec "$@"', "sh"]
         self.processes.append(
@@ -87,8 +92,12 @@ class Network:
         given = config.parameters.model_dump() | {"nodes": 2, "rdzv": f"10.77.0.1:{PORT}"} | more
         return self.start(host, "-c", TRAIN, json.dumps(given))
 
+    def command(self, host: str, name: str, *words: str) -> subprocess.Popen:
+        command = "from resnet_nb.cli import main; main(prog_name='resnet-nb')"
+        return self.start(host, "-c", command, "train", "-r", "name", name, "-p", "nodes", "2", "-p", "rdzv", f"10.77.0.1:{PORT}", *words)
+
     def run(self, host: str, name: str) -> Path:
-        return self.folder / host / "runs" / (name if host == "one" else f"{name}@{host}")
+        return self.homes[host] / "runs" / (name if host == "one" else f"{name}@{host}")
 
     def cut(self, on: bool = True) -> None:
         """Cut host two off, or let it back on, as a switch would."""
@@ -179,8 +188,10 @@ def test_two_hosts_make_the_bits_of_one_through_a_cut_and_a_stop(network, config
     assert "a STOP file; saved at step" in read_status(folders[1])["reason"]
     stopped_at = checkpoints(folders[0])[0].name
     assert 2 * STEPS < int(stopped_at[5:]) < STEPS * RECIPE["epochs"]  # in the middle of the run
-    again = [network.train(host, asked) for host in ("one", "two")]
-    ended(*again)
+    again = [network.command(host, "cut") for host in ("one", "two")]  # nothing but the name, and where they meet
+    said = ended(*again)
+    assert all("epoch   4/4" in text and "done: " in text for text in said)
+    assert "2 meet at 10.77.0.1:29417, this one leads" in said[0] and "this one follows, in cut@two" in said[1]
     assert [process.returncode for process in again] == [0, 0]
     assert [read_status(folder)["status"] for folder in folders] == ["completed"] * 2
     assert f"Resumes from {stopped_at}" in (folders[1] / "logs" / "attempt-3-rank-2.log").read_text()
@@ -202,21 +213,17 @@ def test_hosts_with_different_pictures_refuse_to_train_and_name_the_host(network
     picture = sorted((tmp_path / "small" / "train" / "3").iterdir())[0]
     picture.rename(picture.with_name("renamed.png"))
     given = {"one": str(data), "two": str(tmp_path / "small")}
-    asked = config("differ", arch="resnet18").parameters
-    words = lambda host: [
-        "-c", "from resnet_nb.cli import main; main(prog_name='resnet-nb')", "train", "-p", "nodes", "2", "-p", "rdzv", f"10.77.0.1:{PORT}",
-        "-y", json.dumps(asked.model_dump(exclude={"nodes", "rdzv"}) | {"data_dir": given[host]}),
-    ]  # fmt: skip
-    processes = [network.start(host, *words(host)) for host in ("one", "two")]
+    asked = config("differ")
+    processes = [network.train(host, asked, data_dir=given[host]) for host in given]
     said = ended(*processes)
     assert [process.returncode for process in processes] == [2, 2]
     for text in said:
         assert re.search(r"train_sha256 is '\w+' on two, and '\w+' on one, which leads; bring the same pictures", text.replace("\n", " "))
-    assert "this one leads" in said[0] and "this one follows, in differ@two" in said[1]
 
 
 @hosts
 def test_a_run_whose_leader_lost_its_power_goes_on_when_that_is_started_again(network, config, alone):
+    network.homes["two"] = network.homes["one"]  # on shared storage each has a folder of its own all the same
     asked = config("power")
     folders = [network.run(host, "power") for host in ("one", "two")]
     one, two = (network.train(host, asked) for host in ("one", "two"))
