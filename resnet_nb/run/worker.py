@@ -416,9 +416,10 @@ def describe_error(run_dir: Path, error: BaseException) -> str:
     elif is_full(error) and not isinstance(error, DiskFull):
         kind, text = "DiskFull", str(no_room(run_dir, 0, getattr(error, "errno", 0)))
     elif isinstance(error, pickle.UnpicklingError):  # it fits its manifest, so somebody has made both
+        newest = next(iter(checkpoints(run_dir)), run_dir / "checkpoints")  # a machine that does not lead has none
         kind, text = (
             "DamagedFile",
-            f"{str(checkpoints(run_dir)[0] / STATE)!r} holds more than tensors and numbers, and was not loaded; move it away to go on without it",
+            f"{str(newest / STATE)!r} holds more than tensors and numbers, and was not loaded; move it away to go on without it",
         )
     elif NO_MEMORY.search(f"{kind}: {text}"):
         kind, where = "OutOfMemoryError", " ".join(getattr(error, "__notes__", []))
