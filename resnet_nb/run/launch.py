@@ -661,13 +661,8 @@ def twins(config: RunConfig) -> list[dict]:
         except ValueError:
             continue  # damaged, or of another version
         begun = status == "running" or status in ("stopped", "failed") and any((run_dir / "checkpoints").glob("step-*"))
-        if (
-            begun
-            and name != config.name
-            and other.leads == config.leads
-            and other.data_dir == config.data_dir
-            and run_identity(other) == run_identity(config)
-        ):
+        same = other.data_dir == config.data_dir and run_identity(other) == run_identity(config)
+        if begun and same and name != config.name and other.leads == config.leads:
             found.append(describe_run(name))
     return found
 
