@@ -45,7 +45,7 @@ from .run.forecast import parity as run_parity
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, mend_status, read_status, run_path
 from .run.hardware import check_lines, check_machine
 from .run.mirror import pull, push_page
-from .run.plan import WRITTEN_RUN, describe, resolve, validate
+from .run.plan import WRITTEN_RUN, describe, machines_line, resolve, validate
 
 # %% ../nbs/90_cli.ipynb #read_options
 TEXT = {name for name, field in Parameters.model_fields.items() if field.annotation is str}
@@ -427,6 +427,8 @@ def train(name, p, r, y, f, detach):
     for run in launch.twins(config) if not config.parameters.name else []:
         click.echo(f"{launch.twin_line(run)}; resnet-nb {'follow' if run['status'] == 'running' else 'train'} {run['name']} leads to it")
     click.echo(f"{config.name}: recipe {config.recipe_name} on {config.hw}")
+    if config.hardware.nodes > 1:
+        click.echo(f"machines: {machines_line(config)}")
     if detach:
         return _detached(run_dir)
     with _signals(functools.partial(_first, run_dir=run_dir)), _signals(_hung_up, (signal.SIGHUP,)):
@@ -745,13 +747,14 @@ def reproduce(run, hw, name, y, as_json):
             f"{wrong[0]!r} is no hardware field, and another recipe would be another run; {nearest(wrong[0], Hardware.model_fields)}"
         )
     wish = {
-        "name": name or f"{old.name}-again",
+        "name": name or f"{old.name.partition('@')[0]}-again",
         "hw": hw or old.hw,
         "recipe": old.recipe_name,
         "data_dir": old.data_dir,
         "overrides": recipe | hardware | changes,
     }
-    config = resolve(checked(Parameters, old.parameters.model_dump() | wish), old=old)
+    asked = checked(Parameters, old.parameters.model_dump(exclude={"nodes", "rdzv"}) | wish)  # on this machine, whatever it was made on
+    config = resolve(asked, old=old)
     validate(config)
     again = launch.train(config, lambda line: click.echo(line, err=as_json))
     _report(compare_runs(run, again), as_json)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'Called', 'Model', 'Size', 'Share', 'Positive', 'Count', 'Whole', 'VARIANT', 'RECIPES', 'HARDWARE',
-           'ABOUT', 'Numerics', 'NAME', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table', 'Shelf', 'what',
-           'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Hardware', 'recipe_lines', 'hardware_lines',
-           'Parameters', 'parameter_hint', 'RunConfig', 'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
+           'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table', 'Shelf',
+           'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines',
+           'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'parse_yaml', 'as_yaml',
+           'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -360,14 +361,15 @@ RECIPES |= {
     ),
 }  # fmt: skip
 
-# %% ../nbs/00_config.ipynb #Hardware
-class Hardware(Strict):
-    "Where a run takes place: one machine, `devices` processes, one device each. `plan.resolve` replaces every 'auto'."
+# %% ../nbs/00_config.ipynb #Devices
+class Devices(Strict):
+    "What a run computes on."
 
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = what("auto: MPS, else one CUDA device, else CPU")
     devices: Literal["auto"] | Count = what(
         "processes, one device each; with 'cpu' they share the cores; auto: all CUDA devices that are visible"
     )
+    nodes: Count = what("machines with that many devices each; the parameter of this name sets it", 1)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = what(
         "of the arithmetic, as Lightning names it; auto: bf16-mixed on CUDA devices that have it, 16-mixed on others, else 32-true",
         "32-true",
@@ -376,14 +378,6 @@ class Hardware(Strict):
     compile: bool = what("compile the network with torch.compile, anew for each image size", False)
     num_workers: Literal["auto"] | Whole = what("data workers per rank; auto: the cores there are for it, less one")
     num_threads: int | None = what("CPU threads per rank; None: an even share of the cores, or 1 for exact numerics", None, ge=1)
-    checkpoint_minutes: float = what("between two checkpoints within an epoch; the first one comes after 2 at most", 10.0, gt=0)
-    hang_minutes: float = what(
-        "that a microbatch may take before a rank counts as hanging, and the run starts again from its last checkpoint; 3 x that at starts and checkpoints",
-        10.0,
-        gt=0,
-    )
-    mirror: str = what("folder where a run is copied to and found again by a fresh machine: s3://bucket/runs, any URL of fsspec", "")
-    default_recipe: str = what("what this profile trains when nothing is named", "digits")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -404,6 +398,20 @@ class Hardware(Strict):
     def unsettled(self) -> list[str]:
         "Fields that are 'auto'."
         return [name for name in type(self).model_fields if getattr(self, name) == "auto"]
+
+# %% ../nbs/00_config.ipynb #Hardware
+class Hardware(Devices):
+    "Where a run takes place: on each of `nodes` machines `devices` processes, one device each. `plan.resolve` replaces every 'auto'."
+
+    checkpoint_minutes: float = what("between two checkpoints within an epoch; the first one comes after 2 at most", 10.0, gt=0)
+    hang_minutes: float = what(
+        "that a microbatch may take before a rank counts as hanging, and the run starts again from its last checkpoint; 3 x that at starts and checkpoints",
+        10.0,
+        gt=0,
+    )
+    mirror: str = what("folder where a run is copied to and found again by a fresh machine: s3://bucket/runs, any URL of fsspec", "")
+    join_minutes: float = what("that one of several machines waits for the others, at the start and after one of them was lost", 30.0, gt=0)
+    default_recipe: str = what("what this profile trains when nothing is named", "digits")
 
 # %% ../nbs/00_config.ipynb #HARDWARE
 HARDWARE = {
@@ -457,6 +465,23 @@ RECIPES, HARDWARE = Shelf(RECIPES, recipe_lines), Shelf(HARDWARE, hardware_lines
 # %% ../nbs/00_config.ipynb #Parameters
 Numerics = Literal["close", "exact"]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MEMBER = re.compile(rf"{NAME.pattern}@[A-Za-z0-9._-]{{1,64}}")  # RUN@HOST: the folder of a run on a machine that does not lead it
+
+
+def split_rdzv(rdzv: str) -> tuple[str, int]:
+    "Host and port of HOST:PORT, where an IPv6 address stands in brackets; ValueError for anything else, and for a host that every machine is to itself."
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})", rdzv)
+    host, port = (found[1] or found[2], int(found[3])) if found else ("", 0)
+    if not 0 < port < 65536:
+        raise ValueError(
+            f"rdzv={rdzv!r} is not HOST:PORT; give the address of one of the machines and a port that is free there, "
+            "from 1 to 65535, as in 10.0.0.5:29400 or [fd00::5]:29400"
+        )
+    if host in ("localhost", "::1", "0.0.0.0", "::") or re.fullmatch(r"127\.[\d.]+", host):
+        raise ValueError(
+            f"rdzv={rdzv!r}: {host} is another machine on each of them; give an address by which the others reach the first one"
+        )
+    return host, port
 
 
 class Parameters(Strict):
@@ -468,7 +493,15 @@ class Parameters(Strict):
     data_dir: str = what("folder with train/ and val/; empty: $DATASET_DIR, then the project's data/", "")
     seed: int = what("of every random draw", 0, ge=0, lt=2**63)
     numerics: Numerics = what("what is the same for any number of processes", "close")
+    nodes: Count = what("machines that train together; the same command is given on each of them", 1)
+    rdzv: str = what("HOST:PORT where they meet; HOST is one of them, and leads", "")
     overrides: dict[str, Any] = what("recipe or hardware fields that this run changes", {})
+
+    @model_validator(mode="after")
+    def _meets(self) -> Self:
+        if self.rdzv:
+            split_rdzv(self.rdzv)
+        return self
 
 # %% ../nbs/00_config.ipynb #parameter_hint
 def parameter_hint(name: str) -> str:
@@ -481,10 +514,29 @@ def parameter_hint(name: str) -> str:
     return f"{word} ({fields[word].description}), in overrides: {{{word}: …}}" if word in fields else near
 
 # %% ../nbs/00_config.ipynb #shared_unevenly
-def _shared_unevenly(count: int, world_size: int) -> str:
+def _shared_unevenly(count: int, devices: int, nodes: int = 1) -> str:
+    words = lambda numbers: " or ".join(", ".join(map(str, numbers)).rsplit(", ", 1))
     fits = [n for n in range(1, count + 1) if count % n == 0]
-    names, near = " or ".join(", ".join(map(str, fits)).rsplit(", ", 1)), max(n for n in fits if n <= world_size)
-    return f"num_microbatches={count} cannot be shared evenly by {world_size} devices; use {names} device{'s' * (count > 1)}, here overrides: {{devices: {near}}}"
+    said = f"num_microbatches={count} cannot be shared evenly by"
+    if count % nodes:
+        return f"{said} {nodes} machines; use {words(fits)} machine{'s' * (count > 1)}, with -p nodes {max(n for n in fits if n <= nodes)}"
+    each = [n for n in fits if count // nodes % n == 0]
+    near, many = max(n for n in each if n <= devices), f"device{'s' * (each[-1] > 1)}"
+    if nodes == 1:
+        return f"{said} {devices} devices; use {words(each)} {many}, here overrides: {{devices: {near}}}"
+    return (
+        f"{said} {devices} devices on each of {nodes} machines; use {words(each)} {many} on each, here overrides: {{devices: {near}}}, "
+        f"or num_microbatches: {devices * nodes}, which changes what is learned"
+    )
+
+
+def _not_exact(hardware: Hardware) -> str:
+    "Why numerics=exact can't be held there; empty where it can."
+    if hardware.compile:
+        return "compile=True: compiled kernels add in an order of their own, which numerics=exact can't promise; use one of both"
+    if hardware.precision == "16-mixed":
+        return "numerics=exact can't hold gradients under fp16's loss scale; use precision 32-true or bf16-mixed, or numerics=close"
+    return ""
 
 # %% ../nbs/00_config.ipynb #RunConfig
 class RunConfig(Strict):
@@ -504,8 +556,13 @@ class RunConfig(Strict):
 
     @property
     def world_size(self) -> int:
-        "Processes that train together."
-        return int(self.hardware.devices)
+        "Processes that train together, on all machines."
+        return int(self.hardware.devices) * self.hardware.nodes
+
+    @property
+    def leads(self) -> bool:
+        "Whether this is the run on its one machine, or on the one that leads, where its checkpoints are."
+        return "@" not in self.name
 
     @property
     def microbatches_per_rank(self) -> int:
@@ -514,22 +571,16 @@ class RunConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not NAME.fullmatch(self.name):
+        if not (NAME.fullmatch(self.name) or (self.hardware.nodes > 1 and MEMBER.fullmatch(self.name))):
             raise ValueError(
                 f"run name {self.name!r} is not allowed: use 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit"
             )
         if left := [name for name in self.hardware.unsettled if name != "accelerator"]:
             raise ValueError(f"{left[0]}='auto' is to be resolved before there is a run; plan.resolve does it")
-        if self.numerics == "exact" and self.hardware.compile:
-            raise ValueError(
-                "compile=True: compiled kernels add in an order of their own, which numerics=exact can't promise; use one of both"
-            )
-        if self.numerics == "exact" and self.hardware.precision == "16-mixed":
-            raise ValueError(
-                "numerics=exact can't hold gradients under fp16's loss scale; use precision 32-true or bf16-mixed, or numerics=close"
-            )
+        if self.numerics == "exact" and (problem := _not_exact(self.hardware)):
+            raise ValueError(problem)
         if self.recipe.num_microbatches % self.world_size:
-            raise ValueError(_shared_unevenly(self.recipe.num_microbatches, self.world_size))
+            raise ValueError(_shared_unevenly(self.recipe.num_microbatches, int(self.hardware.devices), self.hardware.nodes))
         return self
 
 # %% ../nbs/00_config.ipynb #parse_yaml

@@ -87,6 +87,8 @@ RUN = {
     ),
 }
 NOT_RUN = {
+    "resnet-nb train -p hw g5 -p nodes 2 -p rdzv HOST:PORT": "takes two machines; tests/test_nodes.py gives it on two hosts",
+    "resnet-nb train -p recipe imagenet -p hw g5 -p data_dir /data/imagenet -r name r50 -p nodes 2 -p rdzv 10.0.0.5:29400": "the same",
     "make test": "runs this test",
     "make faults": "does to some runs all that may happen to them, for the better part of an hour",
     "make lab": "a server that does not end",

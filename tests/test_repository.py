@@ -66,6 +66,7 @@ KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != 
 KERNEL_SIDE |= {
     "run.folder",
     "run.hardware",
+    "run.nodes",
     "run.checkpoints",
     "run.mirror",
     "run.spot",

@@ -172,7 +172,7 @@ def range_test(
     if not 0 < lowest < highest < math.inf or steps < 10:
         raise ValueError(f"lowest={lowest:g}, highest={highest:g}, steps={steps}: needs 0 < lowest < highest, and at least 10 steps")
     r, size = config.recipe, size or min(size for _, size in size_plan(config.recipe))
-    alone = config.hardware.model_copy(update={"devices": 1})
+    alone = config.hardware.model_copy(update={"devices": 1, "nodes": 1})
     as_first = {"image_sizes": (size,), "epochs": steps, "freeze_epochs": steps * is_frozen(r, 0), "ema_decay": 0.0}
     config = config.model_copy(update={"recipe": r.model_copy(update=as_first), "hardware": alone, "numerics": "close"})
     datamodule, rates = ImageNetDataModule(config), np.geomspace(lowest, highest, steps)

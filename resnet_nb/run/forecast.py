@@ -28,6 +28,7 @@ from ..schedule import size_plan
 @contextmanager
 def tried(config: RunConfig, module: str, *more: str, **variables: str) -> Iterator[Path]:
     "The folder in which the ranks of `config` have run `module`, until the block ends; ValueError with what the first of them said where they failed."
+    config = config.model_copy(update={"hardware": config.hardware.model_copy(update={"nodes": 1})})  # this machine, by itself
     home = project_root() / "data" / "cache"
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="trial-", dir=home) as folder:
@@ -94,6 +95,8 @@ def forecast_lines(config: RunConfig, found: dict) -> list[str]:
     ]
     price = f", {found['price']:,.2f} at this price" if "price" in found else ""
     lines.append(f"the whole schedule takes about {duration(3600 * found['hours'])}{price}, without starting and checkpoints")
+    if config.hardware.nodes > 1:
+        lines.append(f"that is this machine by itself; {config.hardware.nodes} of them are {config.hardware.nodes} times as fast at best")
     if max(row["data_wait"] for row in found["sizes"]) > WAITING:
         lines.append(f"it waits for data: raise num_workers (now {config.hardware.num_workers}), or pack the pictures (resnet-nb pack)")
     return lines

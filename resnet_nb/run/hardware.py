@@ -215,10 +215,10 @@ def _check_devices(config: RunConfig, found: dict) -> list[Check]:
         problem = str(error)
     names = ", ".join(dict.fromkeys(name for name, _ in cuda)) or ("MPS" if found["mps"] else "no GPU")
     has = f"{len(cuda)} x {names}" if cuda else f"{names}, {os.cpu_count()} cores"
-    old = [name for name, capability in cuda[: config.world_size] if tuple(capability) < (8, 0)]
+    old = [name for name, capability in cuda[: int(h.devices)] if tuple(capability) < (8, 0)]
     slow = h.accelerator == "cuda" and h.precision == "bf16-mixed" and old
     return [
-        Check("devices", f"{config.world_size} x {h.accelerator}", has, problem),
+        Check("devices", f"{h.devices} x {h.accelerator}", has, problem),
         Check(
             "precision", h.precision, "it" if not slow else f"no bf16 in {old[0]}",
             "it would be imitated, and slow; use overrides: {precision: 16-mixed}" if slow else "", stops=False,
@@ -228,19 +228,19 @@ def _check_devices(config: RunConfig, found: dict) -> list[Check]:
 
 def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
     "Memory for a step at the largest image size: of a CUDA device, else of the machine for all ranks."
-    advice = "lower microbatch_size, or the largest of image_sizes"
+    devices, advice = int(config.hardware.devices), "lower microbatch_size, or the largest of image_sizes"
     if config.hardware.accelerator == "cuda":
-        total = min(found["memory"][: config.world_size], default=0)
+        total = min(found["memory"][:devices], default=0)
         return Check("memory", f"{_gb(step)} on each device", _gb(total), advice if total and step > total else "")
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     told = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
     total, free = psutil.virtual_memory()[:2]
     total = total if told == "max" else min(total, int(told))
-    needs = config.world_size * (step + 9 * 10**8)  # of the libraries: a rank that trains digits came to 1.1 GB
+    needs = devices * (step + 9 * 10**8)  # of the libraries: a rank that trains digits came to 1.1 GB
     short = f"{advice}, or devices" if needs > total else "other programs have the rest; close some" if needs > min(free, total) else ""
     return Check(
         "memory",
-        f"{_gb(needs)} for {config.world_size} process{'es' * (config.world_size != 1)}",
+        f"{_gb(needs)} for {devices} process{'es' * (devices != 1)}",
         f"{_gb(min(free, total))} free of {_gb(total)}",
         short,
         needs > total,
@@ -275,7 +275,7 @@ FILES = 64  # that a process has open beside data and workers
 def check_limits(config: RunConfig, containers: int) -> list[Check]:
     "Shared memory for the data workers' buffers, and open files."
     r, workers, checks = config.recipe, int(config.hardware.num_workers), []
-    room = config.world_size * workers * BUFFERS * r.microbatch_size * 3
+    room = int(config.hardware.devices) * workers * BUFFERS * r.microbatch_size * 3
     needs = room * (max(r.image_sizes) ** 2 + (r.test_size or max(r.image_sizes)) ** 2)
     if os.path.isdir("/dev/shm"):  # elsewhere it is no file system with a size of its own
         free = shutil.disk_usage("/dev/shm").free

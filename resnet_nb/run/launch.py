@@ -24,50 +24,52 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe, RunConfig
+from ..config import Recipe, RunConfig, split_rdzv
 from ..data.sampler import steps_per_epoch
 from ..files import SPARE, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
-    RunBusy,
-    all_rows,
-    best_epoch,
-    create_run,
-    final_note,
-    is_locked,
-    load_config,
-    lock_run,
-    make_run_dir,
-    mend_status,
-    parse_rows,
-    read_rows,
-    read_status,
-    run_identity,
-    run_path,
-    sign_lock,
-    utc_now,
-    write_status,
+    RunBusy, all_rows, append_rows, best_epoch, create_run, final_note, is_locked, load_config, lock_run, make_run_dir,
+    mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, write_status,
 )  # fmt: skip
 from .hardware import memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, open_place, pull, sign_off
+from .nodes import interface_to, meeting
 from .plan import count_again
 from .spot import watch_notices
 from ..schedule import size_plan
-from ..watch import GRACE, PARENT_GONE, PATIENCE, PRIVATE, SLOW, end_ranks, late, late_ranks
+from ..watch import BEGUN, GRACE, PARENT_GONE, PATIENCE, PRIVATE, SLOW, end_ranks, late, late_ranks
 
 # %% ../../nbs/run/06_launch.ipynb #command
-def command(run_dir: Path, world_size: int, private: Path | None = None, module: str = "resnet_nb.run.worker", *more: str) -> list[str]:
-    """How the ranks of a run are started: `module`, with the folder and what else it takes.
+def command(
+    run_dir: Path,
+    world_size: int,
+    private: Path | None = None,
+    module: str = "resnet_nb.run.worker",
+    *more: str,
+    meets: list[str] | None = None,
+) -> list[str]:
+    """How the ranks of a run on this machine are started: `module`, with the folder and what else it takes.
 
-    They meet in the folder `private`, one that is made here where none is given."""
+    They meet in the folder `private`, one that is made here where none is given; those of several machines as `meets` says."""
     worker = ["-m", "resnet_nb.watch", "-m", module, str(run_dir), *more]
-    if world_size == 1:
+    if world_size == 1 and not meets:
         return [sys.executable, *worker]
     private = private or Path(tempfile.mkdtemp(prefix="resnet-nb-"))
-    # a file in place of a port, which anybody could connect to; the run's id tells the ranks the folder
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", str(private / "rendezvous"), "--rdzv-conf", "store_type=file"]
+    # on one machine a file in place of a port, which anybody could connect to; the run's id tells the ranks the folder
+    rendezvous = [
+        "--nnodes",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        str(private / "rendezvous"),
+        "--rdzv-conf",
+        "store_type=file",
+    ]
     rendezvous += ["--rdzv-id", str(private), "--local-addr", "127.0.0.1"]  # the host's name is slow to resolve, or can't be, on some Macs
-    rendezvous += ["--log-dir", os.devnull]  # else a folder below /tmp for each attempt; the ranks write their own logs
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world_size), *rendezvous, *worker]
+    logs = ["--log-dir", os.devnull]  # else a folder below /tmp for each attempt; the ranks write their own logs
+    ranks = ["--nproc-per-node", str(world_size)]
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, *(meets or rendezvous), *logs, *worker]
 
 # %% ../../nbs/run/06_launch.ipynb #environment
 # glibc would give a step's memory back to the system and get it again, page by page; kept, an epoch of digits on two ranks took 0.83 of the time
@@ -90,17 +92,20 @@ def stray_variables(environment: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environment if STRAY.fullmatch(name))
 
 
-def _environment(attempt: int, world_size: int) -> dict[str, str]:
-    "What the ranks find in their environment; what a person has set in theirs goes before the defaults, what steers by accident is left out."
+def _environment(attempt: int, world_size: int, rdzv: str = "") -> dict[str, str]:
+    """What the ranks find in their environment; what a person has set in theirs goes before the defaults, what steers by accident is left out.
+
+    They talk over the loopback alone, or, where machines meet at `rdzv`, over the interface that leads there."""
     defaults = dict(KEEP_MEMORY)
     extra = SAFE_PYTHON | {"RESNET_NB_ATTEMPT": str(attempt), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "120", "PYTHONUNBUFFERED": "1"}
     if world_size > 1:
+        defaults |= {"OMP_NUM_THREADS": "1"}  # as torchrun has it, which says so in a banner; each rank sets its own
+    if world_size > 1 and not rdzv:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
-        defaults |= {
-            "OMP_NUM_THREADS": "1",
-            "NCCL_SOCKET_IFNAME": loopback,
-        }  # 1 as torchrun has it, which says so in a banner; each rank sets its own
+        defaults |= {"NCCL_SOCKET_IFNAME": loopback}
         extra |= {"GLOO_SOCKET_IFNAME": loopback, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    elif rdzv and (interface := interface_to(split_rdzv(rdzv)[0])):
+        defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     stray = stray_variables(os.environ)
     return defaults | {name: value for name, value in os.environ.items() if name not in stray} | extra
 
@@ -184,36 +189,79 @@ def _hang(private: Path, world_size: int) -> str:
     return "the ranks did not start or end, and were killed" if all(map(late, watched)) else ""
 
 
-def _wait(ranks: subprocess.Popen, private: Path, world_size: int) -> tuple[int, str]:
-    "Exit code of what started the ranks, once all of them are gone, and what was wrong where they had to be killed."
+def _wait(ranks: subprocess.Popen, private: Path, world_size: int, gives_up: Callable[[], bool] = lambda: False) -> tuple[int, str]:
+    "Exit code of what started the ranks, once all of them are gone, and what was wrong where they had to be killed; before they are there one may give up."
     hang = ""
     while True:
         try:
             exit_code = ranks.wait(timeout=1)
             break
         except subprocess.TimeoutExpired:
-            if hang := hang or _hang(private, world_size):
+            hang = hang or _hang(private, world_size)
+            if hang or (not [*private.glob("rank-*")] and gives_up()):
                 ranks.kill()
     end_ranks(private, 0 if hang else 10)
     return exit_code, hang
 
+# %% ../../nbs/run/06_launch.ipynb #Tries
+class _Tries:
+    "Whether the machines of an attempt should try to meet once more; `over` says why they gave up."
+
+    def __init__(self, run_dir: Path, config: RunConfig, attempt: int):
+        self.run_dir, self.config, self.attempt, self.over, self.left = run_dir, config, attempt, "", 5
+        self.until = time.monotonic() + 60 * config.hardware.join_minutes
+        if config.hardware.nodes > 1:
+            note = f"waits at {config.parameters.rdzv} until all {config.hardware.nodes} machines are there"
+            append_rows(run_dir, [{"event": "note", "note": note, "step": _reached(run_dir)[0], "epoch": 0, "attempt": attempt}])
+
+    def again(self, came: bool) -> bool:
+        "After a try in which no rank came to train, or, unless they `came`, into being."
+        kind = first_error(self.run_dir, self.attempt).get("error", "NotMet").partition(": ")[0]
+        self.left -= came
+        if self.config.hardware.nodes == 1 or kind != "NotMet" or not self.left:
+            return False
+        if (self.run_dir / "STOP").exists():
+            self.over = "asked to stop while it waited for the other machines"
+        elif time.monotonic() >= self.until:
+            self.over = f"not all {self.config.hardware.nodes} machines came to {self.config.parameters.rdzv} within {self.config.hardware.join_minutes:g} minutes"
+        for report in (self.run_dir / "logs").glob(f"attempt-{self.attempt}-rank-*.error.json") if not self.over else []:
+            report.unlink()
+        time.sleep(0 if self.over else 1)
+        return not self.over
+
 # %% ../../nbs/run/06_launch.ipynb #attempt
-def _attempt(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> dict:
-    "Start the ranks, after `attempts` before, wait for their end, and return how it was."
-    attempt, kills, patience = len(attempts) + 1, oom_kills(), 60 * config.hardware.hang_minutes
+def _ranks(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> tuple[int, str, bool, bool]:
+    "Start the ranks of this machine, and wait for their end: exit code, what hung, whether they came into being, and whether they came to train."
+    attempt, patience, h = len(attempts) + 1, 60 * config.hardware.hang_minutes, config.hardware
+    several: dict[str, Any] = {"meets": meeting(config)} if h.nodes > 1 else {}
     with tempfile.TemporaryDirectory(prefix="resnet-nb-") as folder, open(run_dir / "logs" / f"attempt-{attempt}.log", "ab") as log:
         private = Path(folder)
         ranks = subprocess.Popen(
-            command(run_dir, config.world_size, private),
-            env=_environment(attempt, config.world_size) | {PRIVATE: folder, PATIENCE: str(patience)},
+            command(run_dir, int(h.devices), private, **several),
+            env=_environment(attempt, config.world_size, config.parameters.rdzv) | {PRIVATE: folder, PATIENCE: str(patience)},
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
         )  # fmt: skip
         (private / "launcher").write_text(str(ranks.pid))
-        os.utime(private / "launcher", (0, time.monotonic() + SLOW * patience + GRACE))
+        alone = 60 * h.join_minutes if several else 0
+        os.utime(private / "launcher", (0, time.monotonic() + alone + SLOW * patience + GRACE))
+        # torchrun that is signalled would end without a word to the other machines' and leave them waiting; ranks look for the file
+        pass_on = (lambda number, frame: (run_dir / "STOP").touch()) if several else functools.partial(_pass_on, ranks)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, functools.partial(_pass_on, ranks))
+            signal.signal(number, pass_on)
         write_status(run_dir, status="running", reason="", attempts=[*attempts, begun | {"pid": ranks.pid}])
-        exit_code, hang = _wait(ranks, private, config.world_size)
+        exit_code, hang = _wait(ranks, private, int(h.devices), (run_dir / "STOP").exists if several else lambda: False)
+        return exit_code, hang, any(private.glob("rank-*")), (private / BEGUN).exists()
+
+
+def _attempt(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> dict:
+    "Start the ranks, after `attempts` before, wait for their end, and return how it was."
+    attempt, kills, tries = len(attempts) + 1, oom_kills(), _Tries(run_dir, config, len(attempts) + 1)
+    while True:
+        exit_code, hang, came, trained = _ranks(run_dir, config, lock, attempts, begun)
+        if trained or not tries.again(came):
+            break
+    if tries.over and not trained:
+        return {"status": "stopped", "reason": tries.over}
     oom = None if kills is None else oom_kills() - kills
     return _outcome(run_dir, attempt, config.world_size, exit_code, hang, oom)
 
@@ -515,6 +563,8 @@ def observe(
         running, news = is_locked(run_dir), False  # looked at before reading: what was written last is still read
         progress.see(rows := next(new_rows))
         for row in rows:
+            if row.get("note", "").startswith("waits at "):
+                show(row["note"])
             if row.get("note") == "start" and row["step"]:
                 show(
                     f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}{_other_devices(run_dir, row['attempt'])}"
@@ -642,7 +692,8 @@ def twins(config: RunConfig) -> list[dict]:
         except ValueError:
             continue  # damaged, or of another version
         begun = status == "running" or status in ("stopped", "failed") and any((run_dir / "checkpoints").glob("step-*"))
-        if begun and name != config.name and other.data_dir == config.data_dir and run_identity(other) == run_identity(config):
+        same = other.data_dir == config.data_dir and run_identity(other) == run_identity(config)
+        if begun and same and name != config.name and other.leads == config.leads:
             found.append(describe_run(name))
     return found
 

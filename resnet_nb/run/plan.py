@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'WRITTEN_RUN', 'settle_again', 'count_again', 'resolve', 'read_parameters', 'validate_arch',
-           'validate_weights', 'validate', 'describe', 'open_run']
+           'validate_weights', 'validate', 'machines_line', 'describe', 'open_run']
 
 # %% ../../nbs/run/05_plan.ipynb #imports
 import ast
@@ -20,7 +20,6 @@ from resnet_nb.config import (
     RECIPES,
     Hardware,
     Model,
-    Numerics,
     Parameters,
     Recipe,
     RunConfig,
@@ -29,6 +28,7 @@ from resnet_nb.config import (
     one_sentence,
     parameter_hint,
     read_recipe,
+    split_rdzv,
 )
 from ..data.index import Index
 from ..data.pack import pack_problem
@@ -36,8 +36,9 @@ from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from .checkpoints import weights_source
 from .hardware import NO_DEVICES, ask_torch, check_limits, check_machine, find_devices, insist, settle, validate_hardware
-from .folder import load_config, run_path
+from .folder import is_locked, load_config, run_path
 from .mirror import validate_mirror
+from .nodes import PLACES, can_bind, hostname, moved, name_here, with_slurm
 from ..schedule import size_plan
 from ..seed import STREAM_VERSION
 
@@ -46,20 +47,30 @@ def _overridden(model: type[Model], base: Model, overrides: dict) -> Model:
     return checked(model, base.model_dump() | {k: v for k, v in overrides.items() if k in model.model_fields})
 
 
-def _hardware(hw: str, overrides: dict, numerics: Numerics) -> Hardware:
-    hardware = _overridden(Hardware, HARDWARE[hw], overrides)
+def _hardware(p: Parameters) -> Hardware:
+    if "nodes" in p.overrides:
+        raise ValueError(f"nodes={p.overrides['nodes']} in overrides: it is a parameter of its own; use -p nodes {p.overrides['nodes']}")
+    hardware = _overridden(Hardware, HARDWARE[p.hw], p.overrides).model_copy(update={"nodes": p.nodes})
     return (
-        settle(hardware, find_devices() if hardware.accelerator != "cpu" else NO_DEVICES, exact=numerics == "exact")
+        settle(hardware, find_devices() if hardware.accelerator != "cpu" else NO_DEVICES, exact=p.numerics == "exact")
         if hardware.unsettled
         else hardware
     )
+
+
+def _known(p: Parameters) -> Path | None:
+    "The folder of the run that is named without saying more than on which machines; None where it is to be made anew."
+    if not p.name or p != Parameters(name=p.name, **{name: getattr(p, name) for name in PLACES}):
+        return None
+    folders = [run_path(name) for name in (p.name, f"{p.name}@{hostname()}")]
+    return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
 # %% ../../nbs/run/05_plan.ipynb #settle_again
 def settle_again(config: RunConfig) -> RunConfig:
     "A run on what this machine has now, in place of each 'auto' of its profile and overrides; ValueError where that can't share its microbatches."
     if config.hw not in HARDWARE:
         return config
-    here = _hardware(config.hw, config.parameters.overrides, config.numerics)
+    here = _hardware(config.parameters.model_copy(update={"hw": config.hw}))
     return checked(RunConfig, config.model_dump() | {"hardware": here})
 
 
@@ -77,9 +88,12 @@ def count_again(config: RunConfig) -> RunConfig:
 # %% ../../nbs/run/05_plan.ipynb #resolve
 def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig | None = None) -> RunConfig:
     "The run that `parameters` ask for, or with them the recipe of an `old` run again; raises ValueError for anything unknown, mistyped or out of range."
-    p = parameters
-    if p.name and p == Parameters(name=p.name) and (run_path(p.name) / "config.json").exists():  # the name alone: what that run was
-        return settle_again(load_config(run_path(p.name)).model_copy(update={"name": p.name}))
+    p = with_slurm(parameters)
+    if known := _known(p):  # the name alone: what that run was
+        config = load_config(known)
+        p = moved(config.parameters, p)
+        hardware = config.hardware.model_copy(update={"nodes": p.nodes})
+        return settle_again(config.model_copy(update={"name": name_here(parameters.name, p), "parameters": p, "hardware": hardware}))
     if p.hw not in HARDWARE:
         raise ValueError(f"unknown hw {p.hw!r}; {nearest(p.hw, HARDWARE)}")
     recipe_name = p.recipe or HARDWARE[p.hw].default_recipe
@@ -100,9 +114,9 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
         raise ValueError(f"recipe {recipe_name} is for pictures of your own; say where they are, with -p data_dir DIR or $PHOTOS_DIR")
     stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # two may start in one second
     return checked(RunConfig, {
-        "name": p.name or f"{recipe_name}-{p.hw}-{stamp}",
+        "name": name_here(p.name or f"{recipe_name}-{p.hw}-{stamp}", p),
         "recipe_name": recipe_name, "recipe": recipe, "recipe_sha256": recipe_sha256,
-        "hw": p.hw, "hardware": _hardware(p.hw, p.overrides, p.numerics),
+        "hw": p.hw, "hardware": _hardware(p),
         "data_dir": str(find_data_dir(recipe.dataset, p.data_dir)),
         "seed": p.seed, "numerics": p.numerics, "stream_version": STREAM_VERSION, "parameters": p,
     })  # fmt: skip
@@ -136,7 +150,10 @@ def read_parameters(
     for name in sorted(next((cell for cell in cells if cell & names), set()) - names):  # the cell of parameters as it ran last
         raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
     given = {name: namespace[name] for name in Parameters.model_fields if name in namespace}
-    for name in ("hw", "recipe", "name", "data_dir"):
+    for name in PLACES:  # what stands in the notebook is no wish: Slurm, or what the run was, may say more
+        if given.get(name) == Parameters.model_fields[name].default:
+            del given[name]
+    for name in ("hw", "recipe", "name", "data_dir", "rdzv"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(
                 f"{name}={given[name]!r} arrived as a {type(given[name]).__name__}; pass text as it stands with: -r {name} VALUE"
@@ -172,6 +189,9 @@ def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch
 def validate(config: RunConfig) -> tuple[Index, Index]:
     "All that can be wrong before anything starts: network, machine, data. ValueError with one sentence; returns the indexes of the data."
     validate_arch(config.recipe)
+    host, port = split_rdzv(config.parameters.rdzv) if config.hardware.nodes > 1 and config.leads else ("", 0)
+    if host and not is_locked(run_path(config.name)) and can_bind(host) and not can_bind(host, port):
+        raise ValueError(f"rdzv={config.parameters.rdzv}: port {port} is in use on this machine; give another one, on all of them")
     insist(check_machine(config))
     validate_mirror(config.hardware.mirror)
     prepare_data(config.recipe.dataset, config.data_dir)
@@ -183,6 +203,12 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
     validate_weights(r, len(train.classes))
     steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size, r.repeated_augmentation)
     return train, val
+
+# %% ../../nbs/run/05_plan.ipynb #machines_line
+def machines_line(config: RunConfig) -> str:
+    "Which of its several machines this is, and where they meet."
+    role = "this one leads" if config.leads else f"this one follows, in {run_path(config.name).name}"
+    return f"{config.hardware.nodes} meet at {config.parameters.rdzv}, {role}"
 
 # %% ../../nbs/run/05_plan.ipynb #describe
 def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
@@ -205,7 +231,8 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
         "network": f"{r.arch}{' with ' * bool(r.arch_args)}{', '.join(f'{k} {v}' for k, v in r.arch_args.items())}{start}{',' * (not r.freeze_epochs)} {many(r.epochs, 'epoch')} of {many(per_epoch, 'step')}, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
         "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatches of at most {r.microbatch_size}, {share}{views}",
         "optimizer": f"{r.optimizer}, {r.schedule}, peak learning rate {r.peak_lr:g}, weight decay {r.weight_decay:g}",
-        "hardware": f"{config.hw}: {config.world_size} x {h.accelerator}, {h.precision}{', compiled' * h.compile}, {many(h.num_workers, 'data worker')} per rank",
+        "hardware": f"{config.hw}: {f'{h.nodes} machines with ' * (h.nodes > 1)}{h.devices} x {h.accelerator}, {h.precision}{', compiled' * h.compile}, {many(h.num_workers, 'data worker')} per rank",
+        **({"machines": machines_line(config)} if h.nodes > 1 else {}),
         **({"mirror": f"{h.mirror.rstrip('/')}/{config.name}"} if h.mirror else {}),
         **({"changed": ", ".join(f"{name} {value}" for name, value in changed.items())} if changed else {}),
     }

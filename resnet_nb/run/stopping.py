@@ -22,7 +22,7 @@ from ..config import Recipe
 from ..files import DiskFull, free_bytes, no_room
 from .checkpoints import STATE, checkpoints, commit_checkpoint, drop_partial, partial_path, rotate, write_state
 from .folder import best_epoch
-from .recording import check_loss
+from .recording import check_loss, is_first
 from ..schedule import size_at, size_plan
 from ..watch import PARENT_GONE, SLOW, Pulse, is_launched, outlive_parent
 
@@ -50,9 +50,9 @@ class StopFlag:
     def _on_signal(self, number, frame) -> None:
         self.reason = f"signal {signal.Signals(number).name}"
 
-    def look(self, is_global_zero: bool) -> str:
+    def look(self, is_first: bool) -> str:
         "The reason to stop, if there is one."
-        if not self.reason and is_global_zero and self.stop_file.exists():
+        if not self.reason and is_first and self.stop_file.exists():
             self.reason = self.stop_file.read_text(encoding="utf-8", errors="replace").strip() or "a STOP file"
         if not self.reason and self.parent and os.getppid() != self.parent:
             self.reason = PARENT_GONE
@@ -121,6 +121,8 @@ class CheckpointCallback(Checkpoint):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
         if problem := trainer.strategy.broadcast(shortage(self.run_dir, checkpoint_bytes(module)) if trainer.is_global_zero else ""):
             raise DiskFull(problem)
+        if is_first(trainer) and not trainer.is_global_zero:
+            drop_partial(self.run_dir)  # the checkpoint that came from the machine that leads: all ranks have read it
         self._due = time.monotonic() + 60 * min(self.FIRST, self.minutes)
 
     def _save(self, trainer) -> None:
@@ -133,7 +135,7 @@ class CheckpointCallback(Checkpoint):
 
     def _look(self, trainer, module) -> tuple[str, bool]:
         "Why to stop, if there is a reason, and whether a checkpoint is due; the same on all ranks."
-        reason, due = self.flag.look(trainer.is_global_zero), trainer.is_global_zero and time.monotonic() >= self._due
+        reason, due = self.flag.look(is_first(trainer)), trainer.is_global_zero and time.monotonic() >= self._due
         if trainer.world_size > 1:
             said = torch.tensor([float(bool(reason)), float(due)], device=module.device)
             stop, due = trainer.strategy.reduce(said, reduce_op="sum").tolist()
