@@ -309,7 +309,7 @@ def all_devices(small_config, monkeypatch):
         config = small_config(name, devices=4)
         processes = Hardware(**config.hardware.model_dump() | {"devices": left})
         monkeypatch.setattr(plan, "find_devices", functools.cache(lambda: NO_DEVICES))
-        monkeypatch.setattr(plan, "_hardware", lambda hw, overrides, numerics: processes)
+        monkeypatch.setattr(plan, "_hardware", lambda parameters: processes)
         return config.model_copy(update={"hw": "cuda", "parameters": Parameters(hw="cuda", name=name)})
 
     return make
