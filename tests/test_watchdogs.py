@@ -43,7 +43,8 @@ def test_a_run_goes_on_when_something_of_it_was_stopped(make_config, two, what):
     assert "did not get" in status["attempts"][0]["reason"] and "hang_minutes" in status["attempts"][0]["reason"]
     if what == "rank":
         assert status["attempts"][0]["reason"].startswith("rank 1 did not get ")
-    assert any("Timeout (0:00:24)!" in log.read_text() for log in (run_dir / "logs").glob("attempt-1-rank-*.log"))
+    said = "".join(log.read_text() for log in (run_dir / "logs").glob("attempt-1-rank-*.log"))
+    assert "Timeout (0:00:24)!" in said or "Timeout (0:01:12)!" in said  # the latter where an epoch's first microbatch was under way
     assert losses(run_dir) == losses(two)
     wait_for(lambda: not processes_of(run_dir), 5)
 
