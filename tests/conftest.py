@@ -99,15 +99,8 @@ def ranks_of(run_dir):
     return [int(pid) for pid, session, _ in lines if pid == session]
 
 
-def supervise_here(config, script: Path, *words, monkeypatch):
-    """A run under a supervisor in this process, its ranks run by `script`, a patch of the worker; returns the folder."""
-    usual = launch.command
-
-    def command(run_dir, world_size, private):
-        whole = usual(run_dir, world_size, private)
-        return [*whole[:-3], str(script), str(run_dir), *map(str, words)]  # -m resnet_nb.run.worker RUN_DIR
-
-    monkeypatch.setattr(launch, "command", command)
+def supervised(config) -> Path:
+    """Folder of a run after it was supervised in this process, whose signals are as before."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     run_dir = create_run(config)
     with lock_run(run_dir) as lock:
@@ -115,6 +108,18 @@ def supervise_here(config, script: Path, *words, monkeypatch):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     return run_dir
+
+
+def supervise_here(config, script: Path, *words, monkeypatch):
+    """A run under a supervisor in this process, its ranks run by `script`, a patch of the worker; returns the folder."""
+    usual = launch.command
+
+    def command(run_dir, world_size, private, **how):
+        whole = usual(run_dir, world_size, private, **how)
+        return [*whole[:-3], str(script), str(run_dir), *map(str, words)]  # -m resnet_nb.run.worker RUN_DIR
+
+    monkeypatch.setattr(launch, "command", command)
+    return supervised(config)
 
 
 def run_here(config, attempt: int = 1) -> tuple[Path, str]:

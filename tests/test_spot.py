@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, STEPS, supervise_here, wait_for
+from conftest import SMALL, STEPS, supervise_here, supervised, wait_for
 
 from resnet_nb.config import Hardware, Parameters
 from resnet_nb.files import read_json
@@ -81,18 +80,12 @@ def undisturbed(make_config):
     return launch.train(make_config("undisturbed", "cpu2", numerics="exact", devices=1, image_sizes=[16]))
 
 
-def supervised(config, monkeypatch) -> Path:
-    """A run under a supervisor in this process that looks around often; returns its folder."""
+def pulled(config, monkeypatch) -> Path:
+    """Folder of a run that was pulled and supervised in this process, looking around often."""
     for module, name in ((spot, "POLL"), (mirror, "LOOK"), (mirror, "BEAT")):
         monkeypatch.setattr(module, name, 0.1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     mirror.pull(config)
-    run_dir = create_run(config)
-    with lock_run(run_dir) as lock:
-        launch.supervise(run_dir, lock.fileno())
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return run_dir
+    return supervised(config)
 
 
 def test_a_notice_saves_the_run_and_a_fresh_machine_goes_on_to_the_same_bits(
@@ -100,7 +93,7 @@ def test_a_notice_saves_the_run_and_a_fresh_machine_goes_on_to_the_same_bits(
 ):
     config = small_config("taken", f"file://{tmp_path}/a mirror")
     metadata.when = lambda: len(read_rows(run_path("taken"), "step")) > STEPS
-    run_dir = supervised(config, monkeypatch)
+    run_dir = pulled(config, monkeypatch)
     status, newest = read_status(run_dir), checkpoints(run_dir)[0].name
     step = int(newest.removeprefix("step-"))
     assert status["status"] == "stopped" and STEPS < step < 3 * STEPS
@@ -164,7 +157,7 @@ def test_a_mirror_that_goes_away_ends_no_run_and_outside_aws_nobody_is_asked(
 
     thief = threading.Thread(target=take_away)
     thief.start()
-    run_dir = supervised(config, monkeypatch)
+    run_dir = pulled(config, monkeypatch)
     thief.join()
     assert read_status(run_dir)["status"] == "completed" and metadata.asked == 0
     assert tensors(run_dir).keys() == tensors(undisturbed).keys() and tensors(run_dir) != tensors(undisturbed)  # of another seed

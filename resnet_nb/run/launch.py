@@ -56,16 +56,7 @@ def command(
         return [sys.executable, *worker]
     private = private or Path(tempfile.mkdtemp(prefix="resnet-nb-"))
     # on one machine a file in place of a port, which anybody could connect to; the run's id tells the ranks the folder
-    rendezvous = [
-        "--nnodes",
-        "1",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        str(private / "rendezvous"),
-        "--rdzv-conf",
-        "store_type=file",
-    ]
+    rendezvous = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{private}/rendezvous", "--rdzv-conf", "store_type=file"]
     rendezvous += ["--rdzv-id", str(private), "--local-addr", "127.0.0.1"]  # the host's name is slow to resolve, or can't be, on some Macs
     logs = ["--log-dir", os.devnull]  # else a folder below /tmp for each attempt; the ranks write their own logs
     ranks = ["--nproc-per-node", str(world_size)]
@@ -233,23 +224,23 @@ class _Tries:
 def _ranks(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> tuple[int, str, bool, bool]:
     "Start the ranks of this machine, and wait for their end: exit code, what hung, whether they came into being, and whether they came to train."
     attempt, patience, h = len(attempts) + 1, 60 * config.hardware.hang_minutes, config.hardware
-    several: dict[str, Any] = {"meets": meeting(config)} if h.nodes > 1 else {}
+    meets = meeting(config) if h.nodes > 1 else None  # None: on this machine alone
     with tempfile.TemporaryDirectory(prefix="resnet-nb-") as folder, open(run_dir / "logs" / f"attempt-{attempt}.log", "ab") as log:
         private = Path(folder)
         ranks = subprocess.Popen(
-            command(run_dir, int(h.devices), private, **several),
+            command(run_dir, int(h.devices), private, meets=meets),
             env=_environment(attempt, config.world_size, config.parameters.rdzv) | {PRIVATE: folder, PATIENCE: str(patience)},
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
         )  # fmt: skip
         (private / "launcher").write_text(str(ranks.pid))
-        alone = 60 * h.join_minutes if several else 0
+        alone = 60 * h.join_minutes if meets else 0
         os.utime(private / "launcher", (0, time.monotonic() + alone + SLOW * patience + GRACE))
         # torchrun that is signalled would end without a word to the other machines' and leave them waiting; ranks look for the file
-        pass_on = (lambda number, frame: (run_dir / "STOP").touch()) if several else functools.partial(_pass_on, ranks)
+        pass_on = (lambda number, frame: (run_dir / "STOP").touch()) if meets else functools.partial(_pass_on, ranks)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, pass_on)
         write_status(run_dir, status="running", reason="", attempts=[*attempts, begun | {"pid": ranks.pid}])
-        exit_code, hang = _wait(ranks, private, int(h.devices), (run_dir / "STOP").exists if several else lambda: False)
+        exit_code, hang = _wait(ranks, private, int(h.devices), (run_dir / "STOP").exists if meets else lambda: False)
         return exit_code, hang, any(private.glob("rank-*")), (private / BEGUN).exists()
 
 

@@ -53,17 +53,8 @@ def _told(url: str) -> Iterator[None]:
         raise ValueError(f"mirror {url!r} can't be used: {type(error).__name__}: {said}; mend that, or train without a mirror") from error
 
 # %% ../../nbs/run/02_mirror.ipynb #open_place
-BUCKETS = {
-    "s3",
-    "s3a",
-    "gs",
-    "gcs",
-    "az",
-    "abfs",
-    "abfss",
-    "oss",
-    "oci",
-}  # of objects; making a folder there could make a bucket of a misspelt name
+# of objects; making a folder there could make a bucket of a misspelt name
+BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci"}
 
 
 def _is_bucket(files: Any) -> bool:
@@ -372,15 +363,8 @@ class News:
 
     def __init__(self, run_dir: Path, url: str):
         self.path, self.url = run_dir / "mirror.json", url
-        self.state: dict[str, Any] = {
-            "token": _token(run_dir),
-            "url": url,
-            "step": "",
-            "reached": "",
-            "problem": "",
-            "since": "",
-            "over": False,
-        }
+        told = dict.fromkeys(("step", "reached", "problem", "since"), "")
+        self.state: dict[str, Any] = {"token": _token(run_dir), "url": url, **told, "over": False}
 
     def say(self, problem: str, over: bool, **more: str) -> None:
         "Write down how a push went, and whether it was the last one."
@@ -452,15 +436,17 @@ class Keeper:
 @contextlib.contextmanager
 def keep_mirror(run_dir: Path, url: str) -> Iterator[None]:
     "While the block runs, keep the mirror below `url` up to date; the last push is over, or given up, when it is left. An empty URL is none."
-    (run_dir / "mirror.json").unlink(missing_ok=True) if not url else None
-    keeper = Keeper(run_dir, url) if url else None
-    for thread in keeper.threads if keeper else ():
+    if not url:
+        (run_dir / "mirror.json").unlink(missing_ok=True)
+        yield
+        return
+    keeper = Keeper(run_dir, url)
+    for thread in keeper.threads:
         thread.start()
     try:
         yield
     finally:
-        if keeper:
-            keeper.end()
+        keeper.end()
 
 
 def push_page(run_dir: Path, url: str) -> None:

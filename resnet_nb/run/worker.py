@@ -342,14 +342,14 @@ def _train(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) 
     steps_per_epoch = datamodule.train_sampler().steps_per_epoch
     checkpoint = find_checkpoint(run_dir, say) if config.leads else None
     devices = device_facts(config, config.hardware.accelerator) | {"inspection": datamodule.inspection} if first else {}
-    data, files, warned = data_facts(datamodule) if first else {}, {}, [""]
+    data, files, differ = data_facts(datamodule) if first else {}, {}, ""
     if peers:
-        checkpoint, files, warned[0] = agree_with(peers, config, devices, data, checkpoint)
+        checkpoint, files, differ = agree_with(peers, config, devices, data, checkpoint)
     classes = datamodule.num_classes
     module = ResNetModule(config, classes, steps_per_epoch, np.bincount(datamodule.train_index.labels, minlength=classes))
     loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
     if first:
-        warned.append(record_manifest(run_dir, config, data, attempt, devices, checkpoint is not None, loaded))
+        warned = [differ, record_manifest(run_dir, config, data, attempt, devices, checkpoint is not None, loaded)]
         with open(run_dir / "train.log", "a", encoding="utf-8") as log:
             for line in (*(f"⚠️ {said}" for said in warned if said), *([loaded_line(loaded)] if loaded else [])):
                 say(line)
