@@ -26,7 +26,7 @@ from typing import Any
 
 from ..config import Recipe, RunConfig, split_rdzv
 from ..data.sampler import steps_per_epoch
-from ..files import SPARE, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
+from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
     RunBusy, all_rows, append_rows, best_epoch, create_run, final_note, is_locked, load_config, lock_run, make_run_dir,
     mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, write_status,
@@ -429,6 +429,14 @@ def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     within = lambda first, end: min(step, end * per_epoch) - min(step, first * per_epoch)
     return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
+
+def _steps_per_epoch(run_dir: Path, recipe: Recipe) -> int:
+    "0 where it is not known, as the manifest is missing or damaged; the run itself does not need that."
+    with contextlib.suppress(DamagedFile):
+        if pictures := read_json(run_dir / "manifest.json").get("data", {}).get("train_pictures"):
+            return steps_per_epoch(pictures, recipe.num_microbatches, recipe.microbatch_size)
+    return 0
+
 # %% ../../nbs/run/06_launch.ipynb #Progress
 class Progress:
     "How far a run has come and how long it will take, from the rows of its record as they come."
@@ -442,8 +450,7 @@ class Progress:
         "Take what has come since the last look."
         for row in rows:
             if row.get("note") == "start":
-                pictures = read_json(self.run_dir / "manifest.json").get("data", {}).get("train_pictures", 0)
-                self.per_epoch = steps_per_epoch(pictures, self.recipe.num_microbatches, self.recipe.microbatch_size) if pictures else 0
+                self.per_epoch = _steps_per_epoch(self.run_dir, self.recipe)
                 self.step, self.since = row["step"], None
             elif row["event"] == "step":
                 self.step = row["step"]
@@ -459,7 +466,7 @@ class Progress:
 
     def __str__(self) -> str:
         if not self.per_epoch:
-            return f"starting, for {duration(self.clock() - self.began)}"
+            return f"step {self.step:,}" if self.since else f"starting, for {duration(self.clock() - self.began)}"
         if self.since is None:
             return f"the first step is under way, {self.per_epoch:,} make an epoch"
         epoch, into = divmod(self.step, self.per_epoch)
