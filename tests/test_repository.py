@@ -69,6 +69,7 @@ KERNEL_SIDE |= {
     "run.nodes",
     "run.checkpoints",
     "run.mirror",
+    "run.place",
     "run.spot",
     "run.plan",
     "run.launch",

@@ -261,7 +261,7 @@ def test_a_run_that_is_further_here_is_left_as_it_is(mirrored):
 def test_a_machine_that_trains_keeps_others_away_until_it_has_ended_or_is_gone(mirrored, tmp_path, monkeypatch):
     config, run_dir, place = mirrored
     monkeypatch.setattr(mirror, "BEAT", 0.2)
-    monkeypatch.setattr(mirror, "SILENCE", 2.0)
+    monkeypatch.setattr("resnet_nb.run.place.SILENCE", 2.0)
     monkeypatch.setattr(mirror, "LOOK", 0.2)
     said = []
     with mirror.keep_mirror(run_dir, config.hardware.mirror):

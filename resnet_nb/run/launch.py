@@ -32,8 +32,9 @@ from resnet_nb.run.folder import (
     mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, write_status,
 )  # fmt: skip
 from .hardware import memory_remedy, oom_kills
-from .mirror import keep_mirror, mirror_line, open_place, pull, sign_off
+from .mirror import keep_mirror, mirror_line, pull
 from .nodes import interface_to, meeting
+from .place import open_place, sign_off
 from .plan import count_again
 from .spot import watch_notices
 from ..schedule import size_plan

@@ -37,7 +37,7 @@ from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_d
 from .checkpoints import weights_source
 from .hardware import NO_DEVICES, ask_torch, check_limits, check_machine, find_devices, insist, settle, validate_hardware
 from .folder import is_locked, load_config, run_path
-from .mirror import validate_mirror
+from .place import validate_mirror
 from .nodes import PLACES, can_bind, hostname, moved, name_here, with_slurm
 from ..schedule import size_plan
 from ..seed import STREAM_VERSION
