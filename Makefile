@@ -18,8 +18,11 @@ setup: .venv/done  # install everything into .venv; every other target does it f
 	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev]'
 	touch $@
 
+GIVEN := hw recipe name data_dir seed numerics overrides
+UNKNOWN = $(strip $(foreach v,$(filter-out $(GIVEN) PYTHON TORCH,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 # make train hw=cpu2 recipe=imagenette name=first data_dir=/pictures seed=1 numerics=close overrides='{epochs: 2}'
 train: setup  # train, into runs/NAME; hw= recipe= name= data_dir= seed= numerics= overrides= say what and where
+	$(if $(UNKNOWN),$(error make train does not know $(UNKNOWN:%=%=); it takes $(GIVEN:%=%=), fields of a recipe go into overrides='{epochs: 2}'))
 	$(BIN)/resnet-nb train $(foreach p,hw recipe name data_dir numerics,$(if $($(p)),-r $(p) '$($(p))')) \
 	  $(if $(seed),-p seed '$(seed)') $(if $(overrides),-y 'overrides: $(overrides)')
 

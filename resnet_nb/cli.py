@@ -60,15 +60,13 @@ def _text(path: str) -> str:
 
 
 def read_options(p=(), r=(), y=(), f=()) -> Parameters:
-    "Parameters from the pairs, texts and files of -p, -r, -y and -f, later ones over earlier ones; ValueError for what can't be."
+    "Parameters from the pairs, texts and files of -p, -r, -y and -f, later ones, and later fields of overrides, over earlier ones; ValueError for what can't be."
+    more = [parse_yaml(_text(path), f"file {path!r}") for path in f] + [parse_yaml(text, "-y") for text in y]
+    more += [{n: value if n in TEXT else parse_yaml(f"value: {value}", f"-p {n} {value}")["value"]} for n, value in p]
     given = {}
-    for path in f:
-        given |= parse_yaml(_text(path), f"file {path!r}")
-    for text in y:
-        given |= parse_yaml(text, "-y")
-    for name, value in p:
-        given[name] = value if name in TEXT else parse_yaml(f"value: {value}", f"-p {name} {value}")["value"]
-    given |= dict(r)
+    for one in [*more, dict(r)]:
+        fields = [of["overrides"] for of in (given, one) if isinstance(of.get("overrides"), dict)]
+        given |= one | ({"overrides": fields[0] | fields[1]} if len(fields) == 2 else {})
     for name in given:
         if name not in Parameters.model_fields:
             raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
@@ -171,6 +169,8 @@ def main():
 def _find_run(name: str, damaged: bool = False) -> Path:
     "The folder of a run, given by name or by path; ValueError where there is none, or, unless allowed, it can't be read."
     run_dir = Path(name) if "/" in name or (Path(name) / "config.json").exists() else run_path(name)
+    if "/" not in name and not (run_dir / "config.json").exists():
+        raise ValueError(f"there is no run {name!r}; {nearest(name, launch.run_names())}")
     if not (damaged and (run_dir / "config.json").exists()):
         load_config(run_dir)
     return run_dir.resolve()
@@ -439,7 +439,7 @@ def train(name, p, r, y, f, detach):
     _Screen().say(f"done: {_shown(run_dir / 'train.ipynb')} and {_shown(run_dir / 'curves.png')}")
 
 # %% ../nbs/90_cli.ipynb #seeds-command
-@main.command()
+@main.command(cls=_Explained)
 @_options
 @click.option("--count", default=3, show_default=True, help="How many seeds, from the parameter seed on.")
 @click.option("--variant", multiple=True, metavar="YAML", help="Overrides of one variant; may be given several times.")
@@ -511,7 +511,7 @@ def stop(run):
     _observe(run, history=False)
 
 # %% ../nbs/90_cli.ipynb #explore-command
-@main.command()
+@main.command(cls=_Explained)
 @_options
 @JSON
 def explore(p, r, y, f, as_json):
@@ -535,7 +535,7 @@ def _data_page(name: str, config: RunConfig, **parameters) -> None:
     click.echo(f"page: {_shown(page)}")
 
 # %% ../nbs/90_cli.ipynb #lr-find-command
-@main.command("lr-find")
+@main.command("lr-find", cls=_Explained)
 @_options
 @JSON
 @click.option("--size", default=0, type=click.IntRange(0), help="Of the images, in px; the recipe's smallest if not given.")
@@ -794,7 +794,7 @@ def data(data_dir, page, val_share, group, as_json):
     raise click.exceptions.Exit(bool(report["problems"]))
 
 # %% ../nbs/90_cli.ipynb #check-hw-command
-@check.command("hw")
+@check.command("hw", cls=_Explained)
 @click.argument("profile", default="")
 @_options
 @click.option("--quick", is_flag=True, help="Only look, and make no step.")

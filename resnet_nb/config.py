@@ -14,6 +14,7 @@ import difflib
 import functools
 import hashlib
 import html
+import inspect
 import json
 import os
 import re
@@ -80,7 +81,10 @@ class Strict(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **how: Any) -> None:
-        "What `?` shows of a model ends with its fields."
+        "What `?` shows of a model: its fields with their defaults, and what each means."
+        first = lambda field: inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+        fields = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=first(field)) for name, field in cls.model_fields.items()]
+        cls.__signature__ = inspect.Signature(fields)
         cls.__doc__ = f"{cls.__doc__}\n\n" + "\n".join(f"{name}: {field.description}" for name, field in cls.model_fields.items())
 
     def _repr_html_(self) -> str:

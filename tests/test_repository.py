@@ -59,7 +59,7 @@ ROOMS = [
     {"results"},
     {"run"},
     {"learn", "data"},
-    {"config", "seed", "schedule", "files", "bars", "watch"},
+    {"config", "seed", "schedule", "files", "bars", "watch", "names"},
 ]  # each imports only later ones
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
 KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[-1]
@@ -94,7 +94,7 @@ def test_rooms_import_only_what_lies_below_them_so_there_is_no_cycle():
     def leads_down(module: str, other: str) -> bool:
         room, below = module.split(".")[0], other.split(".")[0]
         ordered = EXPORTING[module] > EXPORTING[other] if room == below else LEVELS[room] < LEVELS[below]
-        return ordered or (module, other) == ("schedule", "config")
+        return ordered or (module, other) in {("schedule", "config"), ("names", "config")}
 
     found = [(module, other) for module, text in MODULES.items() for other in arrows(text)]
     for room in LEVELS:
@@ -272,11 +272,19 @@ def test_make_has_the_targets_that_are_promised():
     assert ["".join(found) for found in promised.findall("`make tea`, make coffee\nmake sure that\n    make cake x=1")] == ["tea", "cake"]
 
 
+def test_make_train_refuses_what_it_does_not_know():
+    make = lambda *given: subprocess.run(["make", "-n", "train", *given], cwd=ROOT, capture_output=True, text=True)
+    wrong = make("recipie=imagenette", "seed=1")
+    assert wrong.returncode == 2 and "make train does not know recipie=; it takes hw= recipe= name=" in wrong.stderr
+    right = make("recipe=imagenette", "overrides={epochs: 2}")  # the control
+    assert right.returncode == 0 and "resnet-nb train -r recipe 'imagenette'" in " ".join(right.stdout.split())
+
+
 def test_ci_runs_only_make():
     steps = yaml.safe_load(TEXTS[".github/workflows/test.yml"])["jobs"]["test"]["steps"]
     assert [step["run"] for step in steps if "run" in step] == ["make test", "make sync"] and os.access(ROOT / ".ci" / "run", os.X_OK)
     assert all(yaml.safe_load(text) for name, text in TEXTS.items() if name.endswith(".yml"))
-    assert re.findall(r"^(?!#|set |cd |$).*", TEXTS[".ci/run"], re.M) == [
+    assert re.findall(r"^(?!#|set |cd |command |$).*", TEXTS[".ci/run"], re.M) == [
         "make setup",
         "make sync",
         "make test",

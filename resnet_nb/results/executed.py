@@ -34,7 +34,7 @@ def ending(run_dir: Path) -> str:
     "What became of a run, as a paragraph in Markdown."
     status, name, epochs = read_status(run_dir), run_dir.name, load_config(run_dir).recipe.epochs
     done = (status.get("last") or {}).get("epoch", -1) + 1
-    lines = [f"**The run, as its folder tells it:** `{name}` is {status['status']}, after {done} of {epochs} epochs."]
+    lines = [f"**The run, as its folder tells it:** `{name}` is {status['status']}, after {done} of {epochs} epoch{'s' * (epochs != 1)}."]
     if best := status.get("best"):
         lines[0] += f" Its best one was epoch {best['epoch'] + 1}, with a top-1 accuracy of {best['val/acc']:.2%}."
     if status["reason"]:

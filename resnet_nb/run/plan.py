@@ -7,7 +7,6 @@ __all__ = ['USUAL', 'WRITTEN_RUN', 'settle_again', 'count_again', 'resolve', 're
            'validate_weights', 'validate', 'machines_line', 'describe', 'open_run']
 
 # %% ../../nbs/run/05_plan.ipynb #imports
-import ast
 import os
 import secrets
 from collections.abc import Callable, Iterable
@@ -34,6 +33,7 @@ from ..data.index import Index
 from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
+from ..names import check_names
 from .checkpoints import weights_source
 from .hardware import NO_DEVICES, ask_torch, check_limits, check_machine, find_devices, insist, settle, validate_hardware
 from .folder import is_locked, load_config, run_path
@@ -60,10 +60,20 @@ def _hardware(p: Parameters) -> Hardware:
 
 def _known(p: Parameters) -> Path | None:
     "The folder of the run that is named without saying more than on which machines; None where it is to be made anew."
-    if not p.name or p != Parameters(name=p.name, **{name: getattr(p, name) for name in PLACES}):
+    if not p.name or p.model_fields_set - {"name", *PLACES}:
         return None
     folders = [run_path(name) for name in (p.name, f"{p.name}@{hostname()}")]
     return next((folder for folder in folders if (folder / "config.json").exists()), None)
+
+
+def _as_trained(p: Parameters) -> tuple[Parameters, RunConfig | None]:
+    "Where the run that is named has trained, and no recipe is named with it: what it was, with what is given beside its name, and the run itself."
+    folder = run_path(p.name)
+    if not p.name or p.recipe or not (folder / "config.json").exists() or not any((folder / "checkpoints").glob("step-*")):
+        return p, None
+    old = load_config(folder)
+    given = {"data_dir": old.data_dir} | {name: getattr(p, name) for name in p.model_fields_set}
+    return old.parameters.model_copy(update=given | {"overrides": old.parameters.overrides | p.overrides}), old
 
 # %% ../../nbs/run/05_plan.ipynb #settle_again
 def settle_again(config: RunConfig) -> RunConfig:
@@ -94,10 +104,11 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
         p = moved(config.parameters, p)
         hardware = config.hardware.model_copy(update={"nodes": p.nodes})
         return settle_again(config.model_copy(update={"name": name_here(parameters.name, p), "parameters": p, "hardware": hardware}))
+    p, old = (p, old) if old else _as_trained(p)
     if p.hw not in HARDWARE:
         raise ValueError(f"unknown hw {p.hw!r}; {nearest(p.hw, HARDWARE)}")
     recipe_name = p.recipe or HARDWARE[p.hw].default_recipe
-    if p.data_dir and not p.recipe and recipe_name == "digits":  # somebody's pictures, and no word about them
+    if p.data_dir and not p.recipe and not old and recipe_name == "digits":  # somebody's pictures, and no word about them
         raise ValueError(
             "data_dir is given and no recipe; choose one: photos (from nothing), finetune (from trained weights), or imagenette, imagenet, digits "
             "for these data sets, with -p recipe NAME"
@@ -122,37 +133,16 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
     })  # fmt: skip
 
 # %% ../../nbs/run/05_plan.ipynb #read_parameters
-def _assigned(source: str) -> set[str]:
-    "Names that a cell's source assigns at its top level."
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError:  # a cell of magics
-        return set()
-    targets = [t for s in statements for t in getattr(s, "targets", [getattr(s, "target", None)])]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
-
-
 @one_sentence
 def read_parameters(
     namespace: dict[str, Any],
     also: Iterable[str] = (),  # names of a notebook's further parameters, which it reads itself
 ) -> Parameters:
-    """The parameters among a notebook's names; raises ValueError for a plain value under any other name,
-    and whenever the cell that was run with them has one."""
-    plain = (str, int, float, list, dict, type(None))
-    names = {*Parameters.model_fields, *also}
-    first = not namespace.setdefault("_parameters_are_read", False)  # later the notebook has names of its own
-    namespace["_parameters_are_read"] = True
-    for name, value in namespace.items() if first else ():
-        if isinstance(value, plain) and name not in names and name not in ("In", "Out") and not name.startswith("_"):
-            raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
-    cells = (_assigned(source) for source in reversed(namespace.get("In", [])))
-    for name in sorted(next((cell for cell in cells if cell & names), set()) - names):  # the cell of parameters as it ran last
-        raise ValueError(f"unknown parameter {name!r}; {parameter_hint(name)}")
+    "The parameters among a notebook's names; ValueError where one was given under a name that is none, or can't be."
+    check_names(namespace, {*Parameters.model_fields, *also}, parameter_hint)
     given = {name: namespace[name] for name in Parameters.model_fields if name in namespace}
-    for name in PLACES:  # what stands in the notebook is no wish: Slurm, or what the run was, may say more
-        if given.get(name) == Parameters.model_fields[name].default:
-            del given[name]
+    # a default that stands in the notebook is no wish: Slurm, or what the run was, may say more
+    given = {name: value for name, value in given.items() if value != Parameters.model_fields[name].get_default(call_default_factory=True)}
     for name in ("hw", "recipe", "name", "data_dir", "rdzv"):
         if not isinstance(given.get(name, ""), str):
             raise ValueError(
@@ -215,10 +205,10 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
     "The run, resolved, as rows for a table: what is learned, from what, where."
     r, h = config.recipe, config.hardware
     many = lambda count, what: f"{count:,} {what}{'s' * (count != 1)}"
-    usual = {
-        **(RECIPES[config.recipe_name] if config.recipe_name in RECIPES else r).model_dump(mode="json"),
-        **HARDWARE[config.hw].model_dump(mode="json"),
-    }
+    known = (
+        RECIPES[config.recipe_name].model_dump(mode="json") if config.recipe_name in RECIPES else {}
+    )  # of a file, which may be another by now
+    usual = known | HARDWARE[config.hw].model_dump(mode="json")
     changed = {name: value for name, value in config.parameters.overrides.items() if usual.get(name) != value}
     per_epoch = steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size)
     share = f"{config.microbatches_per_rank} per rank"

@@ -129,7 +129,8 @@ class TextLoggingCallback(L.Callback):
 
     def on_train_end(self, trainer, module) -> None:
         seconds = time.monotonic() - self._started
-        self._write(trainer, f"🏁 Training ended after {trainer.current_epoch} epochs, {seconds:.1f} s in this attempt")
+        epochs = f"{trainer.current_epoch} epoch{'s' * (trainer.current_epoch != 1)}"
+        self._write(trainer, f"🏁 Training ended after {epochs}, {seconds:.1f} s in this attempt")
         self._save_metrics_to_json(trainer, {"seconds_of_last_attempt": round(seconds, 1)})
 
     def _save_metrics_to_json(self, trainer, more: dict) -> None:
