@@ -125,6 +125,22 @@ def test_the_training_notebook_holds_all_parameters_and_imports_only_the_kernel_
     assert assigned == Parameters().model_dump() != assigned | {"seed": 1}
 
 
+def test_every_notebook_with_parameters_checks_their_names():
+    def checked(text: str) -> set[str]:
+        calls = {node.func.id: node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        if call := calls.get("check_names"):
+            return {*eval(ast.unparse(call.args[1]))}
+        also = [word.value for word in calls["read_parameters"].keywords]
+        return {*Parameters.model_fields, *(ast.literal_eval(also[0]) if also else ())}
+
+    asked = {name: cells for name, book in NOTEBOOKS.items() if "parameters" in (cells := sources(book)) and name.count("/") == 1}
+    assert len(asked) == 7
+    for name, cells in asked.items():
+        given = {line.target.id for line in ast.parse(cells["parameters"]).body}
+        page = "\n".join(text for text in cells.values() if not text.startswith(("%", "!")))
+        assert given <= checked(page) <= given | {*Parameters.model_fields}, name
+
+
 def test_code_of_pages_is_as_wide_as_a_window():
     """JupyterLab breaks no line of code, and at 1,400 px beside its list of files shows 120 characters."""
 
