@@ -15,7 +15,7 @@ from resnet_nb.data import datamodule
 from resnet_nb.learn.network import step_size
 from resnet_nb.run import hardware
 from resnet_nb.run.folder import run_path
-from resnet_nb.run.forecast import beside_lines, parity, parity_config
+from resnet_nb.run.forecast import before_lines, beside_lines, parity, parity_config
 from resnet_nb.run.hardware import STEP_SIZES, check_machine
 
 COMMAND = str(Path(sys.executable).with_name("resnet-nb"))
@@ -55,7 +55,9 @@ def test_a_forecast_is_measured_kept_and_later_stands_beside_the_run(home, data,
     config = make_config("forecast", "local", epochs=2, image_sizes=[16, 24])
     (small,) = beside_lines(one, config, check_machine(config))[:1]  # what `one` measured at its first size
     assert "16 px" in small and f"(forecast: {found['sizes'][0]['pictures_per_second']:,.0f} pictures/s" in small
+    assert [line[:8] for line in before_lines(config)[:2]] == ["  16 px ", "  24 px "]
     other = make_config("other", "local", epochs=3)
+    assert before_lines(other)[0].startswith("how long it takes here is not measured yet: resnet-nb check hw")
     assert "forecast" not in beside_lines(one, other, check_machine(other))[0]
 
 

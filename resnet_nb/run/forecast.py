@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WAITING', 'PARITY', 'EARLY', 'NEAR', 'DRIFT', 'tried', 'measure', 'forecast', 'forecast_lines', 'keep_forecast',
-           'beside_lines', 'parity_config', 'parity']
+           'before_lines', 'beside_lines', 'parity_config', 'parity']
 
 # %% ../../nbs/run/08_forecast.ipynb #imports
 import re
@@ -101,7 +101,7 @@ def forecast_lines(config: RunConfig, found: dict) -> list[str]:
         lines.append(f"it waits for data: raise num_workers (now {config.hardware.num_workers}), or pack the pictures (resnet-nb pack)")
     return lines
 
-# %% ../../nbs/run/08_forecast.ipynb #beside
+# %% ../../nbs/run/08_forecast.ipynb #kept
 def _kind(config: RunConfig) -> dict:
     return config.model_dump(mode="json", include={"recipe", "hardware", "numerics"})
 
@@ -113,11 +113,22 @@ def keep_forecast(config: RunConfig, found: dict) -> None:
     write_json(folder / "forecast.json", _kind(config) | {"found": found})
 
 
+def _kept(config: RunConfig) -> dict:
+    "What was forecast for a run of this kind; {} where nothing was."
+    kept = read_json(cache_dir(config.data_dir) / "forecast.json")
+    return kept["found"] if kept.keys() >= {"found"} and kept == _kind(config) | {"found": kept["found"]} else {}
+
+
+def before_lines(config: RunConfig) -> list[str]:
+    "What was forecast for such a run, or how to have that measured."
+    if found := _kept(config):
+        return forecast_lines(config, found)
+    return ["how long it takes here is not measured yet: resnet-nb check hw, with the same parameters, tells hours and price"]
+
+# %% ../../nbs/run/08_forecast.ipynb #beside
 def beside_lines(run_dir: Path, config: RunConfig, checks: list[Check]) -> list[str]:
     "What a run measured, for each image size, beside what was forecast for it, and what the `checks` said before it began."
-    kept = read_json(cache_dir(config.data_dir) / "forecast.json")
-    same = kept == _kind(config) | {"found": kept.get("found")}
-    known = {row["image_size"]: row for row in kept["found"]["sizes"]} if same else {}
+    known = {row["image_size"]: row for row in _kept(config).get("sizes", [])}
     sizes = {step["epoch"]: step["image_size"] for step in read_rows(run_dir, "step")}
     by_size: dict[int, list[dict]] = {}
     for epoch in read_rows(run_dir, "epoch"):
