@@ -37,7 +37,7 @@ from .data.index import cache_dir
 from .data.inspect import inspect_data, summary
 from .data.pack import pack
 from .data.splits import drawn_line, index_data
-from .files import DamagedFile, DiskFull, is_full
+from .files import DamagedFile, DiskFull, is_full, told_if_full
 from .results.compare import compare_runs, exit_code, first_difference_lines, verify_run, what_differs
 from .run import launch
 from .run.forecast import forecast, forecast_lines, keep_forecast, measure, parity_config
@@ -248,17 +248,18 @@ def notebook(name: str) -> Path:
 
 
 def execute(source: Path, target: Path, parameters: dict, **environment: str) -> None:
-    "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides."
+    "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides. DiskFull where `target` has no room."
     import papermill
 
     before = os.environ.copy()
     os.environ.update(launch.SAFE_PYTHON | environment)
     try:
-        papermill.execute_notebook(
-            str(source), str(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
-            # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
-            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
-        )  # fmt: skip
+        with told_if_full(target, 0):
+            papermill.execute_notebook(
+                str(source), str(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
+                # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
+                extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
+            )  # fmt: skip
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -330,26 +331,29 @@ class _Explained(click.Command):
                 formatter.write_dl(rows)
 
 # %% ../nbs/90_cli.ipynb #mend-run
-def _mend(run_dir: Path) -> None:
-    "Make status and notebook of a run that has ended true, where they are not; another user's run is only read."
+def _mend(run_dir: Path) -> bool:
+    "Make status and notebook of a run that has ended true, where they are not; whether the notebook was. Another user's run is only read."
     from resnet_nb.results.executed import mend_notebook
 
-    if os.access(run_dir, os.W_OK):
-        mend_status(run_dir)
-        if mend_notebook(run_dir, notebook("train.ipynb")):
-            click.echo(f"its notebook was completed from its folder: {_shown(run_dir / 'train.ipynb')}", err=True)
+    if not os.access(run_dir, os.W_OK):
+        return False
+    mend_status(run_dir)
+    if mended := mend_notebook(run_dir, notebook("train.ipynb")):
+        click.echo(f"its notebook was completed from its folder: {_shown(run_dir / 'train.ipynb')}", err=True)
+    return mended
 
 # %% ../nbs/90_cli.ipynb #train-in-notebook
 def _train_in_notebook(run_dir: Path, template: Path) -> None:
     "Execute `template` for a run that was created; raises what the command ends with, unless the run is completed."
     import papermill
 
-    config, before, problem = load_config(run_dir), len(read_status(run_dir)["attempts"]), None
+    config, before, problem, mended = load_config(run_dir), len(read_status(run_dir)["attempts"]), None, False
     try:
         with _bar(run_dir):
             execute(template, run_dir / "train.ipynb", config.parameters.model_dump() | {"name": config.name}, **{WRITTEN_RUN: config.name})
         return
-    except (RuntimeError, papermill.exceptions.PapermillExecutionError) as error:  # also a kernel that died, or is too slow to answer
+    # also a kernel that died, or is too slow to answer, and a notebook that can't be written
+    except (RuntimeError, OSError, DiskFull, papermill.exceptions.PapermillExecutionError) as error:
         problem = error
     except Interrupted as interrupt:  # before the run began, or after its end
         problem = interrupt
@@ -360,24 +364,27 @@ def _train_in_notebook(run_dir: Path, template: Path) -> None:
             click.echo(f"the notebook has ended ({what}), and the run goes on; it is shown here", err=True)
             _observe(run_dir, history=False)
     finally:
-        _mend(run_dir)
-    _raise_ending(run_dir, problem, begun=len(read_status(run_dir)["attempts"]) > before)
+        with contextlib.suppress(OSError, DiskFull):  # it is written, too
+            mended = _mend(run_dir)
+    _raise_ending(run_dir, problem, len(read_status(run_dir)["attempts"]) > before, mended)
 
 
-def _raise_ending(run_dir: Path, problem: BaseException, begun: bool) -> None:
-    "Raise what fits how a run ended that was begun here, and the `problem` that ended its notebook."
+def _raise_ending(run_dir: Path, problem: BaseException, begun: bool, mended: bool) -> None:
+    "Raise what fits how a run ended that was begun here, and the `problem` that ended its notebook; nothing where that was mended."
+    launch.raise_if_gone(run_dir)
     status, kind = read_status(run_dir), getattr(problem, "ename", type(problem).__name__)
     said = getattr(problem, "evalue", str(problem))
-    if typed := {"ValueError": ValueError, "DiskFull": DiskFull, "DamagedFile": DamagedFile}.get(kind):
-        raise typed(said)
     if begun and status["status"] == "failed":
         raise launch.failed(run_dir, status)
     if begun and status["status"] == "stopped":
         raise launch.RunStopped(f"run {run_dir.name!r} is stopped ({status['reason']}); resnet-nb train {run_dir.name} goes on")
     if isinstance(problem, Interrupted):
         raise problem
-    if kind != "DeadKernelError" or status["status"] != "completed":
-        raise launch.RunFailed(f"{kind}: {said}")
+    if status["status"] == "completed" and (kind == "DeadKernelError" or mended and isinstance(problem, OSError | DiskFull)):
+        return
+    if typed := {"ValueError": ValueError, "DiskFull": DiskFull, "DamagedFile": DamagedFile}.get(kind):
+        raise typed(said)
+    raise launch.RunFailed(f"{kind}: {said}")
 
 # %% ../nbs/90_cli.ipynb #detached
 def _detached(run_dir: Path) -> None:

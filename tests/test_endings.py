@@ -12,7 +12,7 @@ from conftest import SMALL
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
-from resnet_nb.run.folder import read_rows, run_path
+from resnet_nb.run.folder import append_rows, create_run, lock_run, read_rows, run_path, write_status
 
 
 @pytest.mark.parametrize("numerics", ["close", "exact"])
@@ -51,3 +51,40 @@ def test_the_command_ends_with_code_4(home, data):
     assert "is not a number" in done.stderr and "Lower peak_lr" in done.stderr and "Traceback" not in done.stderr
     ours = subprocess.run([command, "train", "nobody"], capture_output=True, text=True, timeout=60)
     assert ours.returncode == 2  # another ending has another code
+
+
+def test_the_last_attempt_that_is_allowed_ends_the_run(make_config, monkeypatch):
+    def fails(run_dir, config, lock, attempts, begun):
+        """An attempt that gets on, and fails."""
+        number = len(attempts) + 1
+        append_rows(run_dir, [{"event": "step", "step": number, "epoch": 0, "attempt": number}])
+        return {"status": "failed", "reason": "a rank was killed", "kind": ""}
+
+    monkeypatch.setattr(launch, "_attempt", fails)
+    monkeypatch.setattr(launch, "_count_devices", lambda run_dir: "")
+    run_dir = create_run(make_config("attempts", "local"))
+    with lock_run(run_dir) as lock:
+        launch.supervise(run_dir, lock.fileno(), max_attempts=3)
+    status = read_json(run_dir / "run.json")
+    assert (status["status"], status["reason"], len(status["attempts"])) == ("failed", "a rank was killed (after 3 attempts)", 3)
+
+
+def test_of_a_run_whose_folder_is_renamed_it_is_said_that_it_is_gone(make_config, monkeypatch):
+    import papermill
+
+    from resnet_nb import cli
+
+    gone = "run 'renamed.*' is not in '.*' any more: its folder was renamed or removed"
+
+    def begun(name):
+        run_dir = create_run(make_config(name, "local"))
+        write_status(run_dir, status="running")
+        return run_dir, lambda *args, **how: run_dir.rename(run_dir.with_name(f"{name} elsewhere"))
+
+    run_dir, rename = begun("renamed")
+    with lock_run(run_dir), pytest.raises(launch.RunFailed, match=gone):
+        launch.observe(run_dir, on_progress=rename)
+    run_dir, rename = begun("renamed-too")
+    with monkeypatch.context() as patch, lock_run(run_dir), pytest.raises(launch.RunFailed, match=gone):
+        patch.setattr(papermill, "execute_notebook", lambda *args, **how: rename() and (run_dir / "train.ipynb").write_text(""))
+        cli._train_in_notebook(run_dir, cli.notebook("train.ipynb"))

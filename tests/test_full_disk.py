@@ -1,19 +1,24 @@
 """A full disk: one sentence, exit code 5, a status that is true, nothing half there; and the run goes on when there is room."""
 
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import papermill
 import pytest
 from conftest import SMALL, supervise_here, wait_for
 
-from resnet_nb.files import read_json
+from resnet_nb import cli
+from resnet_nb.files import DiskFull, no_room, read_json
+from resnet_nb.results import executed
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints, damage
-from resnet_nb.run.folder import read_rows, read_status
+from resnet_nb.run.folder import create_run, lock_run, read_rows, read_status, write_status
 
 CHECKPOINT = 90  # MiB, more than one of a resnet18 with momentum takes
 
@@ -143,3 +148,52 @@ def test_a_limit_on_the_size_of_files_is_told(data, home):
     assert done.returncode == 5, done.stdout + done.stderr
     assert "a file may not grow so large here: asked for were 8" in done.stderr and "ulimit -f" in done.stderr
     assert not list(launch.run_path("small-files").glob("**/*.partial"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_notebook_that_has_no_room_is_told_with_its_path():
+    with pytest.raises(DiskFull, match="the disk is full: asked for was more in '/dev/full', free are .*; make room"):
+        cli.execute(cli.notebook("explore.ipynb"), Path("/dev/full"), {})
+
+
+@pytest.fixture
+def train_without_room(monkeypatch):
+    """A run's notebook, executed where papermill, which writes it before its kernel begins and then every 30 s, has no room for that."""
+
+    def full(source, target, *args, **how):
+        Path(target).write_text("")  # opened, and nothing written
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(papermill, "execute_notebook", full)
+    return lambda run_dir: cli._train_in_notebook(run_dir, cli.notebook("train.ipynb"))
+
+
+def test_a_run_is_not_begun_where_its_notebook_has_no_room(make_config, train_without_room):
+    with pytest.raises(DiskFull, match="the disk is full: asked for was more in '.*train.ipynb', free are"):
+        train_without_room(create_run(make_config("no-room", "local")))
+
+
+@pytest.mark.parametrize("still_full", [False, True])
+def test_a_run_whose_notebook_has_no_room_is_shown_to_its_end(make_config, train_without_room, capsys, monkeypatch, still_full):
+    run_dir = create_run(make_config(f"room-later-{still_full}", "local"))
+    lock = lock_run(run_dir)
+    write_status(run_dir, status="running")
+
+    def end():
+        write_status(run_dir, status="completed", attempts=[{"attempt": 1}])
+        lock.close()
+
+    def full(path, content):
+        raise no_room(path, len(content))
+
+    threading.Timer(1, end).start()
+    if still_full:
+        monkeypatch.setattr(executed, "write_file", full)
+        with pytest.raises(DiskFull, match="asked for was more in '.*train.ipynb'"):
+            train_without_room(run_dir)
+    else:
+        train_without_room(run_dir)
+    said = capsys.readouterr().err
+    assert "the notebook has ended (DiskFull), and the run goes on; it is shown here" in said
+    assert ("its notebook was completed from its folder" in said) != still_full
+    assert ("is completed, after" in (run_dir / "train.ipynb").read_text()) != still_full

@@ -17,7 +17,7 @@ from resnet_nb.config import RECIPES
 from resnet_nb.data.splits import index_data
 from resnet_nb.files import read_json
 from resnet_nb.results.plots import plot_pictures, plot_plan
-from resnet_nb.run.folder import create_run, damaged_lines, is_locked, lock_run, read_rows, read_status, run_path
+from resnet_nb.run.folder import create_run, damaged_lines, is_locked, lock_run, read_rows, read_status, run_path, write_status
 from resnet_nb.schedule import size_plan
 
 STRAY = {
@@ -78,6 +78,11 @@ def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tm
         last = [n for n, line in enumerate(lines) if '"event": "step"' in line][-2:]
         (run / "metrics.jsonl").write_text("".join(line for n, line in enumerate(lines) if n not in last))
 
+    def spoilt_validation(run):
+        record = (run / "metrics.jsonl").read_bytes()
+        at = record.rindex(b'"event": "val"') + 20
+        (run / "metrics.jsonl").write_bytes(record[:at] + b"\xff\0" + record[at + 2 :])
+
     def garbage(run):
         with open(run / "metrics.jsonl", "ab") as file:
             file.write(b"\xff\x00 garbage\n")
@@ -87,6 +92,8 @@ def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tm
     assert code == 0 and f"{3 * STEPS} of {3 * STEPS} steps" in text, text
     code, text = verdict(without_its_last_steps)
     assert code == 3 and f"it is completed, with {3 * STEPS - 2} of {3 * STEPS} steps" in text, text
+    code, text = verdict(spoilt_validation)
+    assert code == 3 and "it is completed, with 2 of 3 validations" in text and "what is no row" in text, text
     code, text = verdict(garbage)
     assert code == 3 and "metrics.jsonl holds what is no row, in line" in text, text
     for name in ("config.json", "manifest.json", "run.json"):
@@ -96,11 +103,31 @@ def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tm
     assert code == 3 and "manifest.json is missing, damaged" in text, text
 
 
-def test_damaged_files_are_named_by_every_command(one, tmp_path):
+@pytest.mark.parametrize(
+    "name, content, command, says",
+    [
+        ("manifest.json", b"\xff\x81{", "plot RUN", "manifest.json' is damaged, it is not JSON"),
+        ("manifest.json", b"{}", "plot RUN", "manifest.json' is missing, or damaged"),
+        ("checkpoints/BEST", b"\xff\x81", "predict RUN PICTURES", "BEST' is damaged: it names no checkpoint"),
+        ("checkpoints/BEST", b"\xff\x81", "verify RUN", "BEST is damaged: it names no checkpoint"),
+    ],
+)
+def test_a_damaged_file_is_named_by_the_command_that_needs_it(one, data, tmp_path, name, content, command, says):
     subprocess.run(["cp", "-r", one, tmp_path / "copy"], check=True)
-    (tmp_path / "copy" / "manifest.json").write_bytes(b"\xff\x81{")
-    result = CliRunner().invoke(cli.main, ["plot", str(tmp_path / "copy")])
-    assert result.exit_code == 3 and "manifest.json' is damaged, it is not JSON" in result.output, result.output
+    words = {"RUN": str(tmp_path / "copy"), "PICTURES": str(data / "val")}
+    whole = CliRunner().invoke(cli.main, [words.get(word, word) for word in command.split()])
+    assert whole.exit_code == 0, whole.output
+    (tmp_path / "copy" / name).write_bytes(content)
+    result = CliRunner().invoke(cli.main, [words.get(word, word) for word in command.split()])
+    assert result.exit_code == 3 and says in result.output, result.output
+
+
+def test_a_damaged_report_of_a_rank_ends_no_showing(one, tmp_path):
+    subprocess.run(["cp", "-r", one, tmp_path / "copy"], check=True)
+    write_status(tmp_path / "copy", status="failed", reason="rank 0 failed")
+    (tmp_path / "copy" / "logs" / "attempt-1-rank-0.error.json").write_bytes(b"\xff\x81")
+    result = CliRunner().invoke(cli.main, ["follow", str(tmp_path / "copy")])
+    assert result.exit_code == 1 and "run 'copy' failed: rank 0 failed" in result.output, result.output
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user for a moment, which only root may")

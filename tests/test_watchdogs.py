@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 from conftest import epochs_begun, processes_of, ranks_of, wait_for
 
 from resnet_nb.run import launch
-from resnet_nb.run.folder import all_rows, read_rows, read_status
+from resnet_nb.run.folder import all_rows, create_run, hold_as_rank, lock_run, read_rows, read_status, wake_supervisor, write_status
 
 PATIENCE = 0.4  # minutes; ranks start within three times that, on a slow machine, too
 
@@ -99,3 +100,43 @@ def test_a_killed_supervisor_ends_no_training_and_the_next_command_tells_the_tru
     wait_for(lambda: not launch.is_locked(run_dir))
     assert read_status(run_dir)["status"] == "completed" and losses(run_dir) == losses(one)
     assert launch.train(config) == run_dir
+
+
+SUPERVISOR = """
+import signal, sys, time
+from pathlib import Path
+from resnet_nb.run.folder import sign_lock, write_status
+sign_lock(int(sys.argv[3]))
+signal.signal(signal.SIGCONT, lambda *_: (write_status(Path(sys.argv[2]), status="completed"), sys.exit()))
+print("ready", flush=True)
+for _ in range(600):
+    time.sleep(0.1)
+"""
+
+
+def stopped_supervisor(run_dir, module="resnet_nb.run.launch"):
+    """A process that holds the run's lock, and was stopped when it only had to write how the run ended."""
+    with lock_run(run_dir) as lock:
+        words = [sys.executable, "-c", SUPERVISOR, module, str(run_dir), str(lock.fileno())]
+        process = subprocess.Popen(words, pass_fds=[lock.fileno()], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        write_status(run_dir, status="running")
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, 10)
+    return process
+
+
+def test_a_supervisor_that_was_stopped_holds_nobody_after_its_ranks_have_ended(make_config):
+    run_dir, said = create_run(make_config("stopped-supervisor")), []
+    supervisor = stopped_supervisor(run_dir)
+    with hold_as_rank(run_dir):  # it has somebody to wait for
+        assert not wake_supervisor(run_dir)
+    assert launch.observe(run_dir, said.append)["status"] == "completed"
+    assert len(said) == 1 and "its supervisor had been stopped" in said[0] and supervisor.wait(10) == 0
+    supervisor = stopped_supervisor(run_dir)
+    lock_run(run_dir).close()  # of who trains the run again
+    assert supervisor.wait(10) == 0 and not launch.is_locked(run_dir)
+    stranger = stopped_supervisor(run_dir, "another.module")
+    assert not wake_supervisor(run_dir) and launch.is_locked(run_dir)
+    stranger.kill()
+    stranger.wait()

@@ -10,10 +10,9 @@ __all__ = ['SAME', 'DIFFERENT', 'NOT_COMPARABLE', 'DAMAGED', 'Finding', 'exit_co
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data.sampler import steps_per_epoch
-from ..files import read_json
-from ..run.checkpoints import checkpoints, damage
-from ..run.folder import damaged_lines, first_difference, load_config, read_rows, run_identity
+from ..files import DamagedFile, read_json
+from ..run.checkpoints import checkpoints, damage, named_checkpoint
+from ..run.folder import damaged_lines, epoch_steps, first_difference, load_config, read_rows, run_identity
 
 # %% ../../nbs/results/02_compare.ipynb #Finding
 SAME, DIFFERENT, NOT_COMPARABLE, DAMAGED = 0, 1, 2, 3  # exit codes of `resnet-nb verify`
@@ -62,9 +61,13 @@ def _steps(run_dir: Path, values: dict) -> Finding:
     if not values:
         return Finding("files", SAME, f"{len(steps)} steps, without gaps or repeats")
     r = load_config(run_dir).recipe
-    total = r.epochs * steps_per_epoch(values["manifest.json"]["data"]["train_pictures"], r.num_microbatches, r.microbatch_size)
-    if values["run.json"]["status"] == "completed" and len(steps) != total:
-        return Finding("files", DAMAGED, f"it is completed, with {len(steps)} of {total} steps")
+    try:
+        total = r.epochs * epoch_steps(run_dir, r)
+    except DamagedFile as error:
+        return Finding("files", DAMAGED, str(error))
+    for event, what, wanted in (("step", "steps", total), ("epoch", "epochs", r.epochs), ("val", "validations", r.epochs)):
+        if values["run.json"]["status"] == "completed" and (there := len(read_rows(run_dir, event))) != wanted:
+            return Finding("files", DAMAGED, f"it is completed, with {there} of {wanted} {what}")
     return Finding("files", SAME, f"{len(steps)} of {total} steps, without gaps or repeats")
 
 
@@ -85,6 +88,8 @@ def verify_run(run_dir: Path) -> list[Finding]:
     if lines := damaged_lines(run_dir):
         found.append(Finding("files", DAMAGED, f"metrics.jsonl holds what is no row, in line {', '.join(map(str, lines[:5]))}"))
     found += _classes(run_dir)
+    if (best := run_dir / "checkpoints" / "BEST").exists() and not named_checkpoint(best.read_bytes()):
+        found.append(Finding("files", DAMAGED, "BEST is damaged: it names no checkpoint"))
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = damage(checkpoint)
         found.append(

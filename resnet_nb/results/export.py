@@ -27,7 +27,7 @@ from ..learn.network import build_model
 from .evaluate import find_split, load_network, normalised
 from .scores import TITLES
 from ..run.checkpoints import find_run
-from ..run.folder import best_epoch, load_config
+from ..run.folder import best_epoch, load_config, read_manifest
 
 # %% ../../nbs/results/03_export.ipynb #preparation
 def preparation(network: nn.Module, pixels_in: bool) -> dict:
@@ -222,7 +222,7 @@ def _recipe_lines(recipe: Recipe) -> str:
 
 def model_card(run_dir: Path, about: dict, files: list[Exported]) -> str:
     "The model card of a run, as Markdown."
-    config, manifest = load_config(run_dir), read_json(run_dir / "manifest.json")
+    config, manifest = load_config(run_dir), read_manifest(run_dir)
     attempt, data, classes, weights = manifest["attempts"][-1], manifest["data"], about["classes"], manifest.get("weights")
     changed = " with uncommitted changes" if attempt["git_diff_sha256"] else ""
     return CARD.format(

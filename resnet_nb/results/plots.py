@@ -21,10 +21,10 @@ from PIL import Image
 
 from ..config import Recipe, RunConfig
 from ..data.index import Index
-from ..data.sampler import MicrobatchSampler, steps_per_epoch
+from ..data.sampler import MicrobatchSampler
 from ..data.transforms import decode, eval_picture, load_train, read_size
-from ..files import read_json, write_file
-from ..run.folder import all_rows, load_config, read_rows
+from ..files import write_file
+from ..run.folder import all_rows, epoch_steps, load_config, read_rows
 from ..schedule import lr_at, size_at, size_plan
 
 # %% ../../nbs/results/00_plots.ipynb #look
@@ -187,7 +187,7 @@ def plot_run(run_dir: str | Path) -> Figure:
     if not val:
         raise ValueError(f"run {run_dir.name!r} has no finished epoch yet; plot it later")
     r = config.recipe
-    per_epoch = steps_per_epoch(read_json(run_dir / "manifest.json")["data"]["train_pictures"], r.num_microbatches, r.microbatch_size)
+    per_epoch = epoch_steps(run_dir, r)
     at_step = [(row["step"] - 1) / per_epoch for row in steps]  # a step's rate holds from its beginning
     fig, axes = panels(4, 1, 8.4, sharex=True, height_ratios=[1, 1.2, 1.4, 0.8])
     lr, loss, acc, size = axes

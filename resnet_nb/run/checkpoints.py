@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['STATE', 'checkpoint_path', 'partial_path', 'drop_partial', 'write_state', 'commit_checkpoint', 'reveal_checkpoint',
-           'damage', 'checkpoints', 'find_checkpoint', 'rotate', 'best_checkpoint', 'find_run', 'weights_source']
+           'damage', 'checkpoints', 'find_checkpoint', 'rotate', 'named_checkpoint', 'best_checkpoint', 'find_run',
+           'weights_source']
 
 # %% ../../nbs/run/01_checkpoints.ipynb #imports
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -131,12 +133,20 @@ def rotate(run_dir: Path, best_step: int | None, newest: int = 2) -> None:
         write_file(run_dir / "checkpoints" / "BEST", checkpoint_path(run_dir, best_step).name + "\n")
 
 # %% ../../nbs/run/01_checkpoints.ipynb #best_checkpoint
+def named_checkpoint(best: bytes) -> str:
+    "The checkpoint that a file BEST names; empty where it holds something else."
+    found = re.fullmatch(rb"(step-\d{8,})\s*", best)
+    return found[1].decode() if found else ""
+
+
 def best_checkpoint(run_dir: Path) -> Path:
     "The checkpoint with the highest validation accuracy; ValueError where there is none, or it is damaged."
     named = run_dir / "checkpoints" / "BEST"
     if not named.exists():
         raise ValueError(f"run {run_dir.name!r} has no checkpoint that was validated; let it train an epoch to its end")
-    checkpoint = named.parent / named.read_text(encoding="utf-8").strip()
+    if not (name := named_checkpoint(named.read_bytes())):
+        raise DamagedFile(f"{str(named)!r} is damaged: it names no checkpoint; take the last one, or write the name of one into it")
+    checkpoint = named.parent / name
     if problem := damage(checkpoint):
         raise DamagedFile(f"the best checkpoint of run {run_dir.name!r}, {checkpoint.name}, is damaged: {problem}")
     return checkpoint

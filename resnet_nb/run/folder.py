@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
-           'run_identity', 'make_run_dir', 'create_run', 'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank',
-           'is_locked', 'append_rows', 'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary',
-           'best_epoch', 'final_note', 'read_status', 'mend_status', 'write_status', 'code_facts', 'environment_facts',
-           'bare_code', 'code_sha256']
+           'read_manifest', 'epoch_steps', 'run_identity', 'make_run_dir', 'create_run', 'sign_lock', 'RunBusy',
+           'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows', 'parse_rows', 'all_rows',
+           'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note', 'read_status', 'mend_status',
+           'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -29,7 +31,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
-from ..config import RunConfig, checked, project_root
+import psutil
+
+from ..config import Recipe, RunConfig, checked, project_root
+from ..data.sampler import steps_per_epoch
 from ..files import SPARE, DamagedFile, keep_spare, read_json, told_if_full, write_file, write_json
 
 # %% ../../nbs/run/00_folder.ipynb #first_difference
@@ -64,6 +69,21 @@ def load_config(run_dir: Path) -> RunConfig:
             f"run {Path(run_dir).name!r} was written by another version of resnet-nb and can't be read; choose another name, or remove {str(run_dir)!r}"
         )
     return checked(RunConfig, values)
+
+
+def read_manifest(run_dir: Path) -> dict:
+    "The manifest of a run that has begun; DamagedFile where it does not say what the run learns from, and where."
+    path = Path(run_dir) / "manifest.json"
+    manifest = read_json(path)
+    data, attempts = manifest.get("data"), manifest.get("attempts")
+    if not (isinstance(data, dict) and data.get("train_pictures") and isinstance(attempts, list) and attempts):
+        raise DamagedFile(f"{str(path)!r} is missing, or damaged: it names no data or no attempt; bring it back from a copy of the run")
+    return manifest
+
+
+def epoch_steps(run_dir: Path, recipe: Recipe) -> int:
+    "Optimizer steps in an epoch of a run that has begun; DamagedFile where its manifest does not say how many pictures it learns from."
+    return steps_per_epoch(read_manifest(run_dir)["data"]["train_pictures"], recipe.num_microbatches, recipe.microbatch_size)
 
 
 def run_identity(config: RunConfig) -> dict:
@@ -142,9 +162,11 @@ class RunBusy(ValueError):
 def lock_run(run_dir: Path) -> IO:
     "Take the run's lock, held until the returned file is closed here and in every heir; RunBusy (a ValueError) where another writes the run."
     lock = _try_lock(run_dir / "lock", seconds=1)  # who only looks has it for a moment
+    if not lock and wake_supervisor(run_dir):
+        lock = _try_lock(run_dir / "lock", seconds=10)
     ranks = lock and _try_lock(run_dir / "ranks.lock", seconds=1)
     if not ranks:
-        holder = (run_dir / "lock").read_text(encoding="utf-8") or "another process"
+        holder = (run_dir / "lock").read_text(encoding="utf-8", errors="replace") or "another process"
         if lock:
             lock.close()
         raise RunBusy(
@@ -163,13 +185,34 @@ def hold_as_rank(run_dir: Path) -> IO:
     return file
 
 
+def _is_held(path: Path) -> bool:
+    file = _try_lock(path, mode="rb") if path.exists() else None
+    if file:
+        file.close()
+    return not file and path.exists()
+
+
 def is_locked(run_dir: Path) -> bool:
     "Whether a process is writing the run. Only looks: another user's run can be asked, too."
-    for name in ("lock", "ranks.lock"):
-        file = _try_lock(run_dir / name, mode="rb") if (run_dir / name).exists() else None
-        if file:
-            file.close()
-        elif (run_dir / name).exists():
+    return any(_is_held(run_dir / name) for name in ("lock", "ranks.lock"))
+
+# %% ../../nbs/run/00_folder.ipynb #wake_supervisor
+def wake_supervisor(run_dir: Path) -> bool:
+    """Let a supervisor go on that was stopped and has nobody left to wait for; whether there was one.
+
+    Only one of this user's on this machine, as another user's run is only read."""
+    lock = run_dir / "lock"
+    signed = re.match(r"process (\d+) on (\S+) since", lock.read_text(encoding="utf-8", errors="replace")) if lock.exists() else None
+    if not signed or signed[2] != socket.gethostname():
+        return False
+    with contextlib.suppress(psutil.Error):  # it is gone
+        process = psutil.Process(int(signed[1]))
+        if process.status() != psutil.STATUS_STOPPED or process.uids().real != os.getuid() or _is_held(run_dir / "ranks.lock"):
+            return False
+        words = process.cmdline()  # the number may have been given to another process since
+        ours = "resnet_nb.run.launch" in words and any(Path(word).resolve() == run_dir.resolve() for word in words)
+        if ours and all(child.status() == psutil.STATUS_ZOMBIE for child in process.children()):
+            process.resume()
             return True
     return False
 
@@ -215,14 +258,22 @@ def read_rows(run_dir: Path, event: str) -> list[dict]:
     return list(rows.values())
 
 # %% ../../nbs/run/00_folder.ipynb #damaged_lines
+def _cut_short(line: str) -> bool:
+    "Whether a line is the beginning of a row, whose rest a crash has kept from the disk: what is wrong with it as JSON is its end."
+    begun = '{"event": "'
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        at_end = error.msg.startswith("Unterminated string") or re.fullmatch(r"[-+.\w\\]*", line[error.pos :])
+        return bool(at_end) and (line.startswith(begun) or begun.startswith(line))
+    return False
+
+
 def damaged_lines(run_dir: Path) -> list[int]:
     "Numbers of the lines of metrics.jsonl, from 1, that are neither rows nor rows that a crash has cut short."
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    begun = '{"event": "'
-    return [
-        n for n, line in enumerate(lines, 1) if line and not parse_rows(line) and not (line.startswith(begun) or begun.startswith(line))
-    ]
+    lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+    return [n for n, line in enumerate(lines, 1) if line and not (line.isascii() and (parse_rows(line) or _cut_short(line)))]
 
 # %% ../../nbs/run/00_folder.ipynb #best_epoch
 def write_summary(run_dir: Path, more: dict) -> None:

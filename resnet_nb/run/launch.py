@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KEEP_MEMORY', 'STRAY', 'SAFE_PYTHON', 'CODES', 'PASSING', 'command', 'stray_variables', 'first_error', 'supervise',
            'RunFailed', 'RunStopped', 'start', 'is_running', 'stop', 'coming_rows', 'epoch_line', 'duration',
-           'pixels_before', 'Progress', 'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow', 'train',
-           'run_names', 'describe_run', 'twins', 'twin_line']
+           'pixels_before', 'Progress', 'raise_if_gone', 'failed', 'Told', 'observe', 'kernel_ends', 'leave', 'follow',
+           'train', 'run_names', 'describe_run', 'twins', 'twin_line']
 
 # %% ../../nbs/run/06_launch.ipynb #imports
 import contextlib
@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe, RunConfig, split_rdzv
-from ..data.sampler import steps_per_epoch
 from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
-    RunBusy, all_rows, append_rows, best_epoch, create_run, final_note, is_locked, load_config, lock_run, make_run_dir,
-    mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, write_status,
+    RunBusy, all_rows, append_rows, best_epoch, create_run, epoch_steps, final_note, is_locked, load_config, lock_run, make_run_dir,
+    mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
 )  # fmt: skip
 from .hardware import memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
@@ -103,9 +102,12 @@ def _environment(attempt: int, world_size: int, rdzv: str = "") -> dict[str, str
 
 # %% ../../nbs/run/06_launch.ipynb #first_error
 def first_error(run_dir: Path, attempt: int) -> dict:
-    "The report of the rank that failed first in `attempt`; {} where none left one (it was killed)."
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (run_dir / "logs").glob(f"attempt-{attempt}-rank-*.error.json")]
-    return min(reports, key=lambda report: report["time"], default={})
+    "The report of the rank that failed first in `attempt`; {} where none left one (it was killed) that can be read."
+    reports = []
+    for path in (run_dir / "logs").glob(f"attempt-{attempt}-rank-*.error.json"):
+        with contextlib.suppress(DamagedFile):
+            reports.append(read_json(path))
+    return min((report for report in reports if {"rank", "time"} <= report.keys()), key=lambda report: report["time"], default={})
 
 
 CODES = {
@@ -273,7 +275,7 @@ def _count_devices(run_dir: Path) -> str:
         write_json(run_dir / "config.json", now.model_dump(mode="json"))
     return ""
 
-# %% ../../nbs/run/06_launch.ipynb #supervise
+# %% ../../nbs/run/06_launch.ipynb #reached
 def _cpu_seconds() -> float:
     "CPU time of all processes that were started here and have ended, with those that they started."
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -285,12 +287,12 @@ def _reached(run_dir: Path) -> tuple[int, set[Path]]:
     steps = (row["step"] for row in all_rows(run_dir) if row["event"] == "step")
     return max(steps, default=0), set((run_dir / "checkpoints").glob("step-*"))
 
-
+# %% ../../nbs/run/06_launch.ipynb #supervise
 def _attempts(run_dir: Path, lock: int, max_attempts: int) -> None:
     "Start the ranks, wait, start them again while they get on, and keep run.json true."
     config = load_config(run_dir)
     attempts = read_status(run_dir)["attempts"]
-    for _ in range(max_attempts):
+    for left in reversed(range(max_attempts)):
         spent, before = _cpu_seconds(), _reached(run_dir)
         begun = {"attempt": len(attempts) + 1, "hw": config.hw, "world_size": config.world_size, "started": utc_now()}
         if stray := stray_variables(os.environ):
@@ -308,6 +310,8 @@ def _attempts(run_dir: Path, lock: int, max_attempts: int) -> None:
         got_on = step > before[0] or checkpoints - before[1]
         lasting = outcome.get("kind") in CODES.keys() - PASSING
         again = outcome["status"] == "failed" and got_on and not lasting and not (run_dir / "STOP").exists()
+        if again and not left:
+            again, outcome["reason"] = False, f"{outcome['reason']} (after {max_attempts} attempts)"
         write_status(run_dir, status="running" if again else outcome["status"], reason=outcome["reason"], attempts=attempts)
         for spare in (run_dir / "logs").glob(".*.spare"):  # of ranks that were killed
             spare.unlink()
@@ -430,14 +434,6 @@ def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     within = lambda first, end: min(step, end * per_epoch) - min(step, first * per_epoch)
     return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
-
-def _steps_per_epoch(run_dir: Path, recipe: Recipe) -> int:
-    "0 where it is not known, as the manifest is missing or damaged; the run itself does not need that."
-    with contextlib.suppress(DamagedFile):
-        if pictures := read_json(run_dir / "manifest.json").get("data", {}).get("train_pictures"):
-            return steps_per_epoch(pictures, recipe.num_microbatches, recipe.microbatch_size)
-    return 0
-
 # %% ../../nbs/run/06_launch.ipynb #Progress
 class Progress:
     "How far a run has come and how long it will take, from the rows of its record as they come."
@@ -451,8 +447,9 @@ class Progress:
         "Take what has come since the last look."
         for row in rows:
             if row.get("note") == "start":
-                self.per_epoch = _steps_per_epoch(self.run_dir, self.recipe)
-                self.step, self.since = row["step"], None
+                self.per_epoch, self.step, self.since = 0, row["step"], None
+                with contextlib.suppress(DamagedFile):  # the run itself does not need its manifest
+                    self.per_epoch = epoch_steps(self.run_dir, self.recipe)
             elif row["event"] == "step":
                 self.step = row["step"]
         if self.since is None and any(row["event"] == "step" for row in rows):
@@ -499,6 +496,15 @@ def _last_kind(status: dict) -> str:
     return (status["attempts"] or [{}])[-1].get("kind", "")
 
 
+def raise_if_gone(run_dir: Path) -> None:
+    "Raise RunFailed where the folder of a run that was followed is gone."
+    if not (run_dir / "config.json").exists():
+        raise RunFailed(
+            f"run {run_dir.name!r} is not in {str(run_dir)!r} any more: its folder was renamed or removed, and what is at work on it ends "
+            f"with the next thing that it writes; move the folder back, then resnet-nb train {run_dir.name} goes on"
+        )
+
+
 def failed(run_dir: Path, status: dict) -> "RunFailed":
     "The error that says how a run failed, with the exit code that belongs to it."
     error = RunFailed(_failure(run_dir, status))
@@ -539,11 +545,22 @@ class Told:
                 self.show(str(progress))
             self.line = now
 
-# %% ../../nbs/run/06_launch.ipynb #other_devices
+# %% ../../nbs/run/06_launch.ipynb #line_of
 def _other_devices(run_dir: Path, attempt: int) -> str:
     "What to add to a line about an attempt on another number of devices than the one before it."
     counts = [of.get("world_size") for of in read_status(run_dir)["attempts"][:attempt]][-2:]
     return f", goes on with {counts[1]} device{'s' * (counts[1] != 1)}, had {counts[0]}" if len(set(counts)) == 2 else ""
+
+
+def _line_of(run_dir: Path, config: RunConfig, row: dict, train: dict) -> str:
+    "What to tell of a row of the record, `train` being the last epoch's; empty where that is nothing."
+    if row.get("note", "").startswith("waits at "):
+        return row["note"]
+    if row.get("note") == "start" and row["step"]:
+        return (
+            f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}{_other_devices(run_dir, row['attempt'])}"
+        )
+    return epoch_line(config, train, row) if row["event"] == "val" else ""
 
 # %% ../../nbs/run/06_launch.ipynb #follow
 def observe(
@@ -559,21 +576,15 @@ def observe(
     if not history:
         progress.see(next(new_rows))
     while True:
-        running, news = is_locked(run_dir), False  # looked at before reading: what was written last is still read
+        running = is_locked(run_dir)  # looked at before reading: what was written last is still read
+        if running and wake_supervisor(run_dir):
+            show("its supervisor had been stopped, though nothing else of the run was at work; it was woken and goes on")
         progress.see(rows := next(new_rows))
         for row in rows:
-            if row.get("note", "").startswith("waits at "):
-                show(row["note"])
-            if row.get("note") == "start" and row["step"]:
-                show(
-                    f"resumed at step {row['step']} (epoch {row['epoch'] + 1}), attempt {row['attempt']}{_other_devices(run_dir, row['attempt'])}"
-                )
-            if row["event"] == "epoch":
-                train = row
-            if row["event"] == "val":
-                show(epoch_line(config, train, row))
-                news = True
-        if news:
+            train = row if row["event"] == "epoch" else train
+            if line := _line_of(run_dir, config, row, train):
+                show(line)
+        if news := any(row["event"] == "val" for row in rows):
             on_epoch()
         if (said := mirror_line(run_dir)) != mirror and (not running or "not reached" in said + mirror):
             show(said)
@@ -582,6 +593,7 @@ def observe(
             break
         told.tell(progress, news)
         time.sleep(0.2)
+    raise_if_gone(run_dir)
     status = read_status(run_dir)
     if status["status"] == "failed":
         raise failed(run_dir, status)

@@ -20,7 +20,9 @@ from typing import IO, Any
 
 from ..config import RunConfig
 from ..files import DamagedFile, free_bytes, no_room, read_json, told_if_full, write_file, write_json
-from .checkpoints import STATE, checkpoints, damage, drop_partial, find_checkpoint, partial_path, reveal_checkpoint
+from resnet_nb.run.checkpoints import (
+    STATE, checkpoints, damage, drop_partial, find_checkpoint, named_checkpoint, partial_path, reveal_checkpoint,
+)  # fmt: skip
 from .folder import first_difference, lock_run, make_run_dir, run_identity, utc_now
 from .place import BEAT, OWNER, Place, machine_token, open_place, owner_of, sign, sign_off, take_over, told
 
@@ -97,12 +99,13 @@ def push(
                 raise
     _push_files(run_dir, place, pushed)
     best, named = run_dir / "checkpoints" / "BEST", "checkpoints/BEST"
-    if best.exists() and f"checkpoints/{best.read_text().strip()}" in pushed and pushed.get("BEST") != best.read_bytes():
-        place.write(named, best.read_bytes())
-        pushed["BEST"] = best.read_bytes()
+    says = best.read_bytes() if best.exists() else b""
+    if f"checkpoints/{named_checkpoint(says)}" in pushed and pushed.get("BEST") != says:
+        place.write(named, says)
+        pushed["BEST"] = says
     kept = {checkpoint.name for checkpoint in checkpoints(run_dir)}
     if kept and all(f"checkpoints/{name}" in pushed for name in kept):
-        for name in {*listed(place)} - kept - {place.read(named).decode().strip()}:
+        for name in {*listed(place)} - kept - {named_checkpoint(place.read(named))}:
             if place.files.exists(place.at(f"checkpoints/{name}/MANIFEST.json")):
                 place.remove(f"checkpoints/{name}/MANIFEST.json")
             with contextlib.suppress(FileNotFoundError):  # in a bucket a folder goes with its last file
@@ -135,8 +138,7 @@ def _fetch_files(run_dir: Path, place: Place) -> None:
 
 def _fetch_best(run_dir: Path, place: Place, say: Callable[[str], None]) -> None:
     "Copy the best checkpoint, where it is not here."
-    name = place.read("checkpoints/BEST").decode().strip()
-    if not re.fullmatch(r"step-\d{8,}", name):
+    if not (name := named_checkpoint(place.read("checkpoints/BEST"))):
         return
     if not (run_dir / "checkpoints" / name).exists():
         if problem := _fetch(run_dir, place, name):
@@ -220,8 +222,11 @@ class News:
 
 def mirror_line(run_dir: Path) -> str:
     "What to tell of a run's mirror: how far it is, or since when it was not reached; empty where there is none."
-    state = read_json(run_dir / "mirror.json")
-    if not state.get("url"):
+    try:
+        state = dict.fromkeys(("url", "step", "problem", "since", "over"), "") | read_json(run_dir / "mirror.json")
+    except DamagedFile as error:  # the next push writes it anew
+        return f"mirror: how far it is can't be told, as {error}"
+    if not state["url"]:
         return ""
     if state["problem"]:
         then = "what came since then is on this machine alone" if state["over"] else "it is tried again"

@@ -32,7 +32,7 @@ SIGNALS = [
     ("step", "command", [SIGINT], 75, "stopped"),
     ("step", "command", [SIGINT, SIGINT], 130, "stopped"),
     ("step", "command", [SIGTERM], 75, "stopped"),
-    ("step", "command", [SIGHUP], -SIGHUP, "completed"),
+    ("step", "command", [SIGHUP], 0, "completed"),
     ("step", "command", [SIGKILL], -SIGKILL, "completed"),
     ("validation", "rank 0", [SIGKILL], 0, "completed"),
     ("validation", "rank 1", [SIGTERM], 0, "completed"),
