@@ -135,7 +135,7 @@ class _Commands(click.Group):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that knows no emoji shows "?"
         try:
-            with _signals(_first):
+            with _signals(_first), launch.variables(**launch.SAFE_PYTHON):
                 return super().invoke(context)
         except BrokenPipeError:  # `resnet-nb runs | head -1`, for instance
             raise
@@ -251,17 +251,12 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides."
     import papermill
 
-    before = os.environ.copy()
-    os.environ.update(launch.SAFE_PYTHON | environment)
-    try:
+    with launch.variables(**launch.SAFE_PYTHON | environment):
         papermill.execute_notebook(
             str(source), str(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
             # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
             extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
         )  # fmt: skip
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 # %% ../nbs/90_cli.ipynb #make_page
 def make_page(source: Path, target: Path, parameters: dict) -> None:
