@@ -641,15 +641,15 @@ def compare(runs, as_json, split):
 @RUN
 @WHICH
 @JSON
-@click.option("--format", "formats", multiple=True, help="safetensors, onnx or pt2; may be given again. All if not given.")
+@click.option("--format", "formats", multiple=True, help="safetensors, onnx or pt2; may be given again. All that fit if not given.")
 @click.option("--out", default="", type=click.Path(file_okay=False), help="Folder for the files; RUN/export if not given.")
-@click.option("--pixels-in", is_flag=True, help="The network takes pixels, uint8, and normalizes by itself.")
+@click.option("--pixels-in", is_flag=True, help="The network takes pixels, uint8, and normalizes by itself; onnx and pt2 can.")
 @click.option("--data-dir", default="", help="Pictures to compare the answers on; the run's own if not given.")
 def export_run(run, which, as_json, formats, out, pixels_in, data_dir):
     "Write RUN's network as files that live without this project, with a model card; their answers are compared with the checkpoint's."
     from resnet_nb.results import export
 
-    done = export.export(run, formats or tuple(export.WRITERS), out, which, pixels_in, data_dir)
+    done = export.export(run, formats, out, which, pixels_in, data_dir)
     rows = [
         {
             "file": str(file.path),
