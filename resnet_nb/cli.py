@@ -569,8 +569,9 @@ def evaluate(run, as_json, page, **given):
     "Judge the checkpoint of RUN: numbers with 95 % intervals, and a table of its answers, in the run's folder."
     from resnet_nb.results import evaluate as results
 
-    run = str(Path(run).resolve()) if given["arch"] and Path(run).exists() else run if given["arch"] else str(_find_run(run))
-    given["data_dir"] = given["data_dir"] and str(Path(given["data_dir"]).resolve())
+    file = Path(run).expanduser()
+    run = str(_find_run(run)) if not given["arch"] else str(file.resolve()) if file.exists() else run
+    given["data_dir"] = given["data_dir"] and str(Path(given["data_dir"]).expanduser().resolve())
     if as_json or not page:
         numbers = results.evaluate(run, **given).numbers
         lines = results.number_lines(numbers)

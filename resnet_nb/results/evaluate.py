@@ -76,7 +76,7 @@ def load_network(
 ) -> nn.Module:
     "The network of a run in eval(), on the CPU, with `.classes` and `.preprocess`; ValueError where there is none."
     if arch:
-        return _load_plain(str(run), arch)
+        return _load_plain(os.path.expanduser(run), arch)
     run_dir = find_run(str(run))
     if run_dir is None:
         raise ValueError(
@@ -349,7 +349,7 @@ def table_ending(path: Path) -> str:
 
 def write_table(table: pa.Table, path: Path) -> None:
     "Write a table as the ending of `path` says, .csv or .parquet, in one step; ValueError where it says neither."
-    write_file(path, table_bytes(table, table_ending(path)))
+    write_file(Path(os.path.expanduser(path)), table_bytes(table, table_ending(path)))
 
 # %% ../../nbs/results/01_evaluate.ipynb #paired
 def paired(one: Evaluation, other: Evaluation) -> dict:
@@ -403,7 +403,7 @@ def pick_run(run: str = "", show: Callable[[str], None] = print) -> Path:
 def find_files(places: Iterable[str | Path]) -> list[Path]:
     "The files among `places`, and the pictures in and below the folders among them; ValueError where there are none."
     found = []
-    for place in map(Path, places):
+    for place in map(Path, map(os.path.expanduser, places)):
         if place.is_dir():
             found += sorted(path for path in place.rglob("*") if is_picture(os.fsencode(path.name)) and path.is_file())
         elif place.exists():
