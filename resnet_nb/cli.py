@@ -619,9 +619,9 @@ def predict(run, pictures, which, as_json, top, out):
 def compare(runs, as_json, split):
     "Say what was different about two or more RUNS, where they part, and whether the others are better than the first on the same pictures."
     from resnet_nb.results import evaluate as results
+    from resnet_nb.results.plots import beside, plot_runs, save_figure
 
-    if len(runs) < 2:
-        raise ValueError(f"only {runs[0].name!r} is given; to compare takes two runs or more")
+    runs = results.pick_runs(map(str, runs))
     differs, judged = what_differs(*runs), [results.evaluate(run, split) for run in runs]
     others = [
         {"run": run.name, "paired": results.paired(judged[0], one), "parts": first_difference_lines(runs[0], run)}
@@ -635,7 +635,8 @@ def compare(runs, as_json, split):
     lines += [f"{run.name}: top-1 {one.numbers['top1']}" for run, one in zip(runs, judged)]
     for other in others:
         lines += [results.paired_line(runs[0].name, other["run"], other["paired"]), *other["parts"]]
-    click.echo("\n".join(lines))
+    save_figure(plot_runs(runs), beside(runs))
+    click.echo("\n".join([*lines, f"figure: {_shown(beside(runs))}.png"]))
 
 # %% ../nbs/90_cli.ipynb #export-command
 @main.command("export")

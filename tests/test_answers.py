@@ -146,7 +146,9 @@ def test_two_runs_are_compared_on_the_same_pictures(one, two):
     (other,) = found["others"]
     assert other["paired"]["pictures"] == NUM_VAL and other["paired"]["p"] == 1.0  # the same weights up to rounding
     assert "digest is the same in all 12 steps" in other["parts"][0] and "first differs" in " ".join(other["parts"])
-    assert f"on the same {NUM_VAL} pictures both are right as often" in typed("compare", one, two)
+    assert not (figure := one / "figures" / "curves with two.png").exists()
+    said = typed("compare", one, two)
+    assert f"on the same {NUM_VAL} pictures both are right as often" in said and f"figure: {figure}" in said and figure.exists()
 
 
 def test_three_runs_are_compared_with_the_first(one, two):

@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLE', 'SHORT', 'Preprocess', 'normalised', 'load_network', 'pick_device', 'predict', 'match_classes', 'split_of',
            'find_split', 'predictions', 'Evaluation', 'judge', 'kept_in', 'keep', 'evaluate', 'by_size', 'test_index',
            'as_plain', 'number_lines', 'table_bytes', 'table_ending', 'write_table', 'paired', 'paired_line',
-           'newest_run', 'example_run', 'pick_run', 'find_files', 'predict_files', 'answer_lines']
+           'newest_run', 'example_run', 'pick_run', 'pick_runs', 'find_files', 'predict_files', 'answer_lines']
 
 # %% ../../nbs/results/01_evaluate.ipynb #imports
 import dataclasses
@@ -398,6 +398,15 @@ def pick_run(run: str = "", show: Callable[[str], None] = print) -> Path:
     if run and not find_run(run):
         raise ValueError(f"there is no run {run!r}; give the name of a folder in runs/, or the path of one")
     return find_run(run) if run else newest_run() or example_run(show)
+
+
+@one_sentence
+def pick_runs(runs: Iterable[str]) -> list[Path]:
+    "The folders of two or more `runs`, and where none are named, of two examples."
+    found = [pick_run(run) for run in runs] or [example_run(), example_run(name=f"{EXAMPLE}-2", seed=1)]
+    if len(found) < 2:
+        raise ValueError(f"only {found[0].name!r} is given; to compare takes two runs or more")
+    return found
 
 # %% ../../nbs/results/01_evaluate.ipynb #predict_files
 def find_files(places: Iterable[str | Path]) -> list[Path]:
