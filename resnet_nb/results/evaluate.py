@@ -69,6 +69,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) float32
     return (images.float() - mean) / std
 
 # %% ../../nbs/results/01_evaluate.ipynb #load_network
+@one_sentence
 def load_network(
     run: str | Path,  # a run's name, or its folder; with `arch`, a file of weights, or the name of torchvision's
     which: str = "best",  # or 'last': of a run
@@ -220,6 +221,7 @@ def split_of(data_dir: str | Path, split: str) -> Index:
     return index
 
 
+@one_sentence
 def find_split(config: RunConfig, split: str, data_dir: str | Path = "") -> Index:
     "The pictures of 'train', 'val' or 'test' as the run finds them, or as they lie in another `data_dir`; ValueError where there are none."
     if split not in ("train", "val", "test"):
@@ -256,6 +258,7 @@ class Evaluation:
     index: Index
 
 
+@one_sentence
 def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "", **how) -> Evaluation:
     "Ask `network` about all of `index`, at the size it was validated with or at `image_size` px, on the fastest device or on `device`; `how` is of `predict`."
     prepares = dataclasses.replace(network.preprocess, size=image_size or network.preprocess.size)
@@ -265,6 +268,7 @@ def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "
     return Evaluation(about | scores(logits, labels, network.classes), predictions(network, index, labels, logits), index)
 
 # %% ../../nbs/results/01_evaluate.ipynb #evaluate
+@one_sentence
 def kept_in(run: str | Path, data_dir: str | Path = "", arch: str = "") -> Path:
     "The folder that keeps an evaluation: the run's; of a file of weights one beside what else is known of the data. ValueError where there is none."
     if arch and not data_dir:
@@ -306,6 +310,7 @@ def by_size(network: nn.Module, index: Index, sizes: Iterable[int], most: int = 
     return {size: judge(network, few, size, **how).numbers["top1"] for size in sizes}
 
 # %% ../../nbs/results/01_evaluate.ipynb #test_index
+@one_sentence
 def test_index(run: str | Path, data_dir: str | Path = "", arch: str = "") -> Index | None:
     "The pictures of 'test' that belong to a run's data, or to `data_dir`; None where there are none."
     try:
@@ -347,11 +352,13 @@ def table_ending(path: Path) -> str:
     return path.suffix
 
 
+@one_sentence
 def write_table(table: pa.Table, path: Path) -> None:
     "Write a table as the ending of `path` says, .csv or .parquet, in one step; ValueError where it says neither."
     write_file(Path(os.path.expanduser(path)), table_bytes(table, table_ending(path)))
 
 # %% ../../nbs/results/01_evaluate.ipynb #paired
+@one_sentence
 def paired(one: Evaluation, other: Evaluation) -> dict:
     "McNemar's test of two networks on the pictures that both were asked about; ValueError where there are none."
     right = [dict(zip(table["path"].to_pylist(), table["right"].to_pylist())) for table in (one.table, other.table)]

@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO
 
-from ..config import RunConfig, checked, project_root
+from ..config import RunConfig, checked, one_sentence, project_root
 from ..files import SPARE, DamagedFile, keep_spare, read_json, told_if_full, write_file, write_json
 
 # %% ../../nbs/run/00_folder.ipynb #first_difference
@@ -50,6 +50,7 @@ def run_path(name: str) -> Path:
     return project_root() / "runs" / name
 
 
+@one_sentence
 def load_config(run_dir: Path) -> RunConfig:
     "The run that lives in `run_dir`; raises ValueError where none does, or one that another version wrote."
     path = Path(run_dir) / "config.json"
@@ -242,6 +243,7 @@ def final_note(run_dir: Path, attempt: int) -> str:
     return next((note for note in reversed(notes) if note == "completed" or note.startswith("stopped: ")), "")
 
 
+@one_sentence
 def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers."
     status = {"status": "created", "reason": "", "attempts": []} | read_json(run_dir / "run.json")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import Parameters, RunConfig, project_root
+from ..config import Parameters, RunConfig, one_sentence, project_root
 from ..data.index import cache_dir
 from ..data.splits import prepare_data
 from ..files import read_json, write_json
@@ -113,6 +113,7 @@ def keep_forecast(config: RunConfig, found: dict) -> None:
     write_json(folder / "forecast.json", _kind(config) | {"found": found})
 
 
+@one_sentence
 def beside_lines(run_dir: Path, config: RunConfig, checks: list[Check]) -> list[str]:
     "What a run measured, for each image size, beside what was forecast for it, and what the `checks` said before it began."
     kept = read_json(cache_dir(config.data_dir) / "forecast.json")
