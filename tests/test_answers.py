@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pyarrow.parquet as pq
@@ -15,8 +16,11 @@ from conftest import NUM_VAL
 
 from resnet_nb.cli import main
 from resnet_nb.data.index import cache_dir
+from resnet_nb.data.inspect import inspected
 from resnet_nb.files import read_json
-from resnet_nb.results.evaluate import evaluate, load_network, predict_files
+from resnet_nb.results import evaluate as results
+from resnet_nb.results.evaluate import evaluate, find_files, load_network, predict_files, write_table
+from resnet_nb.results.export import export
 from resnet_nb.run.folder import best_epoch
 
 
@@ -64,6 +68,25 @@ def test_a_test_folder_is_judged_though_no_run_reads_it(one, data, tmp_path):
     tested = evaluate(one, "test", data_dir=tmp_path / "tested").table
     assert tested.equals(evaluate(one, data_dir=data).table)
     assert not tested.equals(evaluate(one, data_dir=tmp_path / "tested").table)
+
+
+def test_places_may_begin_with_the_home_folder(one, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(data, tmp_path / "own")
+    (tmp_path / "tested").mkdir()
+    (tmp_path / "tested" / "test").symlink_to(data / "val")
+    network = load_network(one)
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    said = json.loads(typed("evaluate", one, "--json", "--data-dir=~/own"))
+    assert said["pictures"] == NUM_VAL and inspected("~/own")[0]["data_dir"] == str(tmp_path / "own")
+    size = {"image_size": network.preprocess.size}
+    answers = [evaluate(one, "test", data_dir="~/tested"), evaluate("~/w.pth", data_dir="~/own", arch="resnet18", **size)]
+    assert [len(one.table) for one in answers] == [NUM_VAL] * 2 and results.test_index(one, "~/tested")
+    write_table(predict_files(network, ["~/own/val/1"]), Path("~/answers.csv"))
+    assert (tmp_path / "answers.csv").exists() and export(one, ("safetensors",), "~/out")[0].path.parent == tmp_path / "out"
+    (tmp_path / "~nobody.png").write_bytes(next((data / "val" / "1").iterdir()).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["~nobody.png"]) == [Path("~nobody.png")]  # the control: a name, and nobody's home
 
 
 def test_pictures_are_answered_bad_ones_named_and_the_table_is_written(one, data, tmp_path):
@@ -123,7 +146,9 @@ def test_two_runs_are_compared_on_the_same_pictures(one, two):
     (other,) = found["others"]
     assert other["paired"]["pictures"] == NUM_VAL and other["paired"]["p"] == 1.0  # the same weights up to rounding
     assert "digest is the same in all 12 steps" in other["parts"][0] and "first differs" in " ".join(other["parts"])
-    assert f"on the same {NUM_VAL} pictures both are right as often" in typed("compare", one, two)
+    assert not (figure := one / "figures" / "curves with two.png").exists()
+    said = typed("compare", one, two)
+    assert f"on the same {NUM_VAL} pictures both are right as often" in said and f"figure: {figure}" in said and figure.exists()
 
 
 def test_three_runs_are_compared_with_the_first(one, two):

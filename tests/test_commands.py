@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+from click.testing import CliRunner
 from conftest import SMALL
+from papermill.exceptions import PapermillExecutionError
 
+from resnet_nb import cli
 from resnet_nb.config import Hardware, Parameters, Recipe
+from resnet_nb.data.index import cache_dir
 from resnet_nb.run.folder import all_rows, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +88,39 @@ def small_yaml(data, tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(wish))
     return path
+
+
+@pytest.mark.parametrize(
+    ("ename", "code"),
+    [("ValueError", 2), ("FileNotFoundError", 2), ("BadPicture", 2), ("DamagedFile", 3), ("DiskFull", 5), ("TypeError", 1)],
+)
+def test_a_page_ends_its_command_with_one_sentence_where_a_person_can_mend_it(ename, code, data, home, tmp_path, monkeypatch):
+    data = shutil.copytree(data, tmp_path / "own")
+
+    def execute(source, target, parameters):
+        target.write_text(source.name)
+        raise PapermillExecutionError(1, 1, "", ename, "what to do", ["a traceback"])
+
+    monkeypatch.setattr(cli, "execute", execute)
+    given = ["-p", "recipe", "digits", "-p", "data_dir", str(data)]
+    for page, words in {
+        "explore": ["explore", *given],
+        "lr_find": ["lr-find", "--page", *given],
+        "check": ["check", "data", str(data)],
+    }.items():
+        result = CliRunner().invoke(cli.main, words)
+        assert result.exit_code == code and ("Error: what to do" in result.output) == (code > 1), result.output
+        assert isinstance(result.exception, PapermillExecutionError) == (code == 1)  # the control: with its traceback
+        assert (cache_dir(data) / f"{page}.ipynb").read_text() == f"{page}.ipynb"
+
+
+@pytest.mark.parametrize(("loss", "words"), [(None, "loss not a number on 23 pictures"), (0.25, "loss 0.2500 on 23 pictures")])
+def test_the_page_of_a_run_says_a_loss_that_is_no_number(loss, words, capsys):
+    cells = {cell["id"]: cell["source"] for cell in nbformat.read(ROOT / "nbs" / "train.ipynb", 4).cells}
+    row = {"epoch": 1, "val/acc": 0.5, "val/acc5": 1.0, "val/f1": 0.5, "val/loss": loss, "val/seen": 23}
+    config = SimpleNamespace(recipe=SimpleNamespace(expected_acc=None))
+    exec(cells["result"], {"read_status": lambda run_dir: {"best": row, "last": row}, "run_dir": None, "config": config})
+    assert capsys.readouterr().out.count(words) == 2
 
 
 def test_plain_papermill_works_from_another_folder(small_yaml, tmp_path, home):

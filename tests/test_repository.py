@@ -157,6 +157,48 @@ def test_code_of_pages_is_as_wide_as_a_window():
     assert wide(EXPORTING["run.launch"])  # the control: nobody's page
 
 
+def imported(text: str) -> dict[str, tuple[str, str]]:
+    "What code imports from modules of the package: (module, name there), by the name that it has here."
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in nodes if (node.module or "").startswith("resnet_nb.")]
+    return {alias.asname or alias.name: (node.module[10:], alias.name) for node in ours for alias in node.names}
+
+
+def with_traceback(modules: dict[str, str]) -> set[tuple[str, str]]:
+    "The functions that raise, by themselves or by what they call, an error that a notebook shows with the way it took through the code."
+    uses = {}
+    for module, text in modules.items():
+        known = imported(text)
+        for function in (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)):
+            inside = [node for line in function.body for node in ast.walk(line)]
+            names = [known.get(node.id, (module, node.id)) for node in inside if isinstance(node, ast.Name)]
+            called = [(known.get(ast.unparse(node.value), ("",)), node.attr) for node in inside if isinstance(node, ast.Attribute)]
+            raises = any(isinstance(node, ast.Raise) for node in inside)
+            if "one_sentence" not in map(ast.unparse, function.decorator_list):
+                uses[module, function.name] = {*names, *((".".join(of), name) for of, name in called), *["raise"] * raises}
+    found = {"raise"}
+    while more := {function for function, used in uses.items() if function not in found and used & found}:
+        found |= more
+    return found - {"raise"}
+
+
+def test_what_pages_call_says_errors_in_one_sentence():
+    passed = {"describe", "resolve", "steps_per_epoch", "slurm_step"}  # asked about what `open_run` let pass, or what stands on the page
+
+    def shows(text: str, modules: dict[str, str]) -> set[str]:
+        called = {node.func.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        known, raising = imported(text), with_traceback(modules)
+        return {name for name in called & known.keys() if known[name] in raising}
+
+    pages = {name: "\n".join(sources(book).values()) for name, book in NOTEBOOKS.items() if re.fullmatch(r"nbs/[a-z_]+\.ipynb", name)}
+    assert {name: found for name, text in pages.items() if (found := shows(text, MODULES) - passed)} == {} and len(pages) > 8
+    assert [name for name, text in pages.items() if re.search(r"^ *raise\b", text, re.M)] == []
+    modules = {"a": "def f():\n    raise ValueError", "b": "from resnet_nb.a import f\n@one_sentence\ndef g():\n    f()\ndef h():\n    f()"}
+    modules["c"] = "from resnet_nb import a\nfrom resnet_nb.b import g\ndef i():\n    a.f()\ndef j():\n    g()"
+    assert with_traceback(modules) == {("a", "f"), ("b", "h")}
+    assert shows("from resnet_nb.a import f as e\nfrom resnet_nb.b import g, h\ne(g(h))", modules) == {"e"}
+
+
 def test_words_of_keys_stand_in_one_table_in_seed():
     def literal(text: str) -> list[str]:
         calls = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]

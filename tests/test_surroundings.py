@@ -14,9 +14,11 @@ from conftest import STEPS
 
 from resnet_nb import cli
 from resnet_nb.config import RECIPES
+from resnet_nb.data.formats import known_titles
 from resnet_nb.data.splits import index_data
 from resnet_nb.files import read_json
 from resnet_nb.results.plots import plot_pictures, plot_plan
+from resnet_nb.results.processes import in_processes
 from resnet_nb.run.folder import create_run, damaged_lines, is_locked, lock_run, read_rows, read_status, run_path, write_status
 from resnet_nb.schedule import size_plan
 
@@ -31,7 +33,7 @@ def hostile(tmp_path_factory):
     """A folder with modules that must not be imported."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "resnet_nb").mkdir()
-    for name in ("random.py", "lightning.py", "numpy.py", "resnet_nb/__init__.py"):
+    for name in ("json.py", "random.py", "socket.py", "lightning.py", "numpy.py", "resnet_nb/__init__.py"):
         (folder / name).write_text("raise SystemExit('a module of the current folder was imported')")
     return folder
 
@@ -56,6 +58,18 @@ def test_a_run_is_the_same_in_any_environment_folder_and_terminal(home, one, hos
     left_out = read_status(run_dir)["attempts"][0]["left_out_of_environment"]
     assert left_out == sorted(STRAY.keys() - {"PYTHONWARNINGS"} | {"PYTHONIOENCODING"})
     assert "📚 Epoch 1/3" in (run_dir / "train.log").read_text(encoding="utf-8")
+
+
+def test_no_process_imports_a_module_of_the_current_folder(hostile, monkeypatch):
+    keys = ["n01440764", *(f"n1{i:07d}" for i in range(998)), "n15075141"]
+    monkeypatch.chdir(hostile)
+    for name in ("json", "socket"):  # the control: what they need
+        assert b"a module of the current folder" in subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True).stderr
+    titles = known_titles(hostile, keys)
+    assert (len(titles), titles["n01440764"], titles["n15075141"]) == (1000, "tench", "toilet tissue")
+    assert in_processes(divmod, 2, 2) == [divmod(0, 2), divmod(1, 2)]
+    monkeypatch.setattr(cli, "recipe_lines", lambda: [os.environ.get("PYTHONSAFEPATH", "unsafe")])  # what else a command starts
+    assert CliRunner().invoke(cli.main, ["recipes"]).output == "1\n" and "PYTHONSAFEPATH" not in os.environ
 
 
 def test_inherited_whole_the_same_environment_would_have_changed_it(make_config):

@@ -80,7 +80,7 @@ def known_titles(data_dir: Path, keys: list[str]) -> dict[str, str]:
             return {key: words.split(",")[0].strip() for key, _, words in lines}
     if is_imagenet(keys):
         code = "import json; from torchvision.models import ResNet18_Weights as W; print(json.dumps(W.IMAGENET1K_V1.meta['categories']))"
-        answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        answer = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
         if answer.returncode == 0:
             return dict(zip(sorted(keys), json.loads(answer.stdout.splitlines()[-1])))
     return IMAGENETTE

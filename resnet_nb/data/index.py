@@ -251,7 +251,7 @@ VERSION = 3  # of what is kept; an index of another version is built anew
 
 def cache_dir(data_dir: str | Path) -> Path:
     "Folder of what this project knows about a data set: its index, and what an inspection found."
-    data_dir = Path(data_dir).resolve()
+    data_dir = Path(os.path.expanduser(data_dir)).resolve()
     return project_root() / "data" / "cache" / f"{data_dir.name}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:8]}"
 
 

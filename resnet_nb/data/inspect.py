@@ -214,7 +214,7 @@ def compare_with_imagenet(splits: dict[str, dict], known: dict = IMAGENET) -> di
 # %% ../../nbs/data/04_inspect.ipynb #inspect_data
 def inspect_data(data_dir: str | Path) -> dict:
     "Inspect the data, write inspection.json, and return the report; ValueError where there is no data set."
-    data_dir, folder = Path(data_dir).resolve(), cache_dir(data_dir)
+    data_dir, folder = Path(os.path.expanduser(data_dir)).resolve(), cache_dir(data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".inspection-{os.getpid()}.json"
     partial.touch()  # where nothing can be written, fail now and not at the end

@@ -112,7 +112,7 @@ def spelling_problem(train: Iterable[str], val: Iterable[str]) -> str:
 # %% ../../nbs/data/02_splits.ipynb #whole_data
 def list_data(data_dir: str | Path) -> Found:
     "List the data itself, whatever is kept, and keep its indexes where they can serve a run."
-    data_dir, now = Path(data_dir).absolute(), time.time()
+    data_dir, now = Path(os.path.expanduser(data_dir)).absolute(), time.time()
     found = find_pictures(data_dir)
     if found.train.classes == found.val.classes and not spelling_problem(found.train.classes, found.val.classes):
         keep_index(data_dir, {"train": found.train, "val": found.val}, found.watched, now)
@@ -312,7 +312,7 @@ def load_data(
 # %% ../../nbs/data/02_splits.ipynb #test_data
 def test_data(data_dir: str | Path) -> Index:
     "Index of the class folders for testing in `data_dir`; ValueError where there are none."
-    inside = Path(data_dir).absolute()
+    inside = Path(os.path.expanduser(data_dir)).absolute()
     while not (splits := find_splits(inside)) and len(names := folders_in(inside)) == 1:
         inside = inside / names[0]
     if "test" not in splits:

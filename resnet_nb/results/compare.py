@@ -10,6 +10,7 @@ __all__ = ['SAME', 'DIFFERENT', 'NOT_COMPARABLE', 'DAMAGED', 'Finding', 'exit_co
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import one_sentence
 from ..files import DamagedFile, read_json
 from ..run.checkpoints import checkpoints, damage, named_checkpoint
 from ..run.folder import damaged_lines, epoch_steps, first_difference, load_config, read_rows, run_identity
@@ -143,6 +144,7 @@ def _compare_checkpoints(a: Path, b: Path) -> list[Finding]:
     return found or [Finding("bits", DIFFERENT, "no checkpoint of the same step in both")]
 
 # %% ../../nbs/results/02_compare.ipynb #compare_runs
+@one_sentence
 def compare_runs(a: Path, b: Path) -> list[Finding]:
     "Findings about two run folders, the single ones first; no more where one is damaged."
     found = [Finding(f.level, f.verdict, f"{run.name}: {f.text}") for run in (a, b) for f in verify_run(run) if f.verdict != SAME]
@@ -175,6 +177,7 @@ def _facts(run_dir: Path) -> dict:
     return {f"{part}: {name}": value for part, values in parts.items() for name, value in values.items()}
 
 
+@one_sentence
 def what_differs(*runs: Path) -> list[tuple[str, ...]]:
     "(what, in the first, in the second, …) for all that differs between runs; what one of them does not have is None there."
     facts = [_facts(run) for run in runs]

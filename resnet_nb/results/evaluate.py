@@ -6,7 +6,7 @@
 __all__ = ['EXAMPLE', 'SHORT', 'Preprocess', 'normalised', 'load_network', 'pick_device', 'predict', 'match_classes', 'split_of',
            'find_split', 'predictions', 'Evaluation', 'judge', 'kept_in', 'keep', 'evaluate', 'by_size', 'test_index',
            'as_plain', 'number_lines', 'table_bytes', 'table_ending', 'write_table', 'paired', 'paired_line',
-           'newest_run', 'example_run', 'pick_run', 'find_files', 'predict_files', 'answer_lines']
+           'newest_run', 'example_run', 'pick_run', 'pick_runs', 'find_files', 'predict_files', 'answer_lines']
 
 # %% ../../nbs/results/01_evaluate.ipynb #imports
 import dataclasses
@@ -69,6 +69,7 @@ def normalised(images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) float32
     return (images.float() - mean) / std
 
 # %% ../../nbs/results/01_evaluate.ipynb #load_network
+@one_sentence
 def load_network(
     run: str | Path,  # a run's name, or its folder; with `arch`, a file of weights, or the name of torchvision's
     which: str = "best",  # or 'last': of a run
@@ -76,7 +77,7 @@ def load_network(
 ) -> nn.Module:
     "The network of a run in eval(), on the CPU, with `.classes` and `.preprocess`; ValueError where there is none."
     if arch:
-        return _load_plain(str(run), arch)
+        return _load_plain(os.path.expanduser(run), arch)
     run_dir = find_run(str(run))
     if run_dir is None:
         raise ValueError(
@@ -220,6 +221,7 @@ def split_of(data_dir: str | Path, split: str) -> Index:
     return index
 
 
+@one_sentence
 def find_split(config: RunConfig, split: str, data_dir: str | Path = "") -> Index:
     "The pictures of 'train', 'val' or 'test' as the run finds them, or as they lie in another `data_dir`; ValueError where there are none."
     if split not in ("train", "val", "test"):
@@ -256,6 +258,7 @@ class Evaluation:
     index: Index
 
 
+@one_sentence
 def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "", **how) -> Evaluation:
     "Ask `network` about all of `index`, at the size it was validated with or at `image_size` px, on the fastest device or on `device`; `how` is of `predict`."
     prepares = dataclasses.replace(network.preprocess, size=image_size or network.preprocess.size)
@@ -265,6 +268,7 @@ def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "
     return Evaluation(about | scores(logits, labels, network.classes), predictions(network, index, labels, logits), index)
 
 # %% ../../nbs/results/01_evaluate.ipynb #evaluate
+@one_sentence
 def kept_in(run: str | Path, data_dir: str | Path = "", arch: str = "") -> Path:
     "The folder that keeps an evaluation: the run's; of a file of weights one beside what else is known of the data. ValueError where there is none."
     if arch and not data_dir:
@@ -306,6 +310,7 @@ def by_size(network: nn.Module, index: Index, sizes: Iterable[int], most: int = 
     return {size: judge(network, few, size, **how).numbers["top1"] for size in sizes}
 
 # %% ../../nbs/results/01_evaluate.ipynb #test_index
+@one_sentence
 def test_index(run: str | Path, data_dir: str | Path = "", arch: str = "") -> Index | None:
     "The pictures of 'test' that belong to a run's data, or to `data_dir`; None where there are none."
     try:
@@ -347,11 +352,13 @@ def table_ending(path: Path) -> str:
     return path.suffix
 
 
+@one_sentence
 def write_table(table: pa.Table, path: Path) -> None:
     "Write a table as the ending of `path` says, .csv or .parquet, in one step; ValueError where it says neither."
-    write_file(path, table_bytes(table, table_ending(path)))
+    write_file(Path(os.path.expanduser(path)), table_bytes(table, table_ending(path)))
 
 # %% ../../nbs/results/01_evaluate.ipynb #paired
+@one_sentence
 def paired(one: Evaluation, other: Evaluation) -> dict:
     "McNemar's test of two networks on the pictures that both were asked about; ValueError where there are none."
     right = [dict(zip(table["path"].to_pylist(), table["right"].to_pylist())) for table in (one.table, other.table)]
@@ -399,11 +406,20 @@ def pick_run(run: str = "", show: Callable[[str], None] = print) -> Path:
         raise ValueError(f"there is no run {run!r}; give the name of a folder in runs/, or the path of one")
     return find_run(run) if run else newest_run() or example_run(show)
 
+
+@one_sentence
+def pick_runs(runs: Iterable[str]) -> list[Path]:
+    "The folders of two or more `runs`, and where none are named, of two examples."
+    found = [pick_run(run) for run in runs] or [example_run(), example_run(name=f"{EXAMPLE}-2", seed=1)]
+    if len(found) < 2:
+        raise ValueError(f"only {found[0].name!r} is given; to compare takes two runs or more")
+    return found
+
 # %% ../../nbs/results/01_evaluate.ipynb #predict_files
 def find_files(places: Iterable[str | Path]) -> list[Path]:
     "The files among `places`, and the pictures in and below the folders among them; ValueError where there are none."
     found = []
-    for place in map(Path, places):
+    for place in map(Path, map(os.path.expanduser, places)):
         if place.is_dir():
             found += sorted(path for path in place.rglob("*") if is_picture(os.fsencode(path.name)) and path.is_file())
         elif place.exists():

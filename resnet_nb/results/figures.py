@@ -17,6 +17,7 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ..config import one_sentence
 from ..data.index import Index
 from ..data.transforms import decode, eval_picture
 from .plots import LOGGED, PLANNED, VAL, panels
@@ -84,6 +85,7 @@ def least_sure(table: pa.Table) -> np.ndarray:
     return np.argsort(table["confidence"].to_numpy(), kind="stable")
 
 
+@one_sentence
 def plot_answers(table: pa.Table, index: Index, which: np.ndarray, columns: int = 6, rows: int = 2) -> Figure | None:
     "The first of the pictures `which`, each with its label, its answer, and the probabilities of both; None where there are none."
     which = which[: rows * columns]
@@ -117,6 +119,7 @@ def plot_sizes_tested(at: dict[int, Interval], trained: int) -> Figure:
     return fig
 
 # %% ../../nbs/results/04_figures.ipynb #predictions
+@one_sentence
 def plot_predictions(table: pa.Table, rows: int = 8) -> Figure:
     "The first pictures of a table from `predict_files`, each beside the probabilities of its likeliest classes."
     shown = table.to_pylist()[:rows]
@@ -140,6 +143,7 @@ def plot_predictions(table: pa.Table, rows: int = 8) -> Figure:
     return fig
 
 # %% ../../nbs/results/04_figures.ipynb #upload_box
+@one_sentence
 def upload_box(predict: Callable[[list[Path]], pa.Table]) -> Any:
     "A button for pictures, as a widget; below it appears what `predict` makes of their files: a table as from `predict_files`."
     import ipywidgets as widgets  # only here: it is for notebooks that somebody looks at

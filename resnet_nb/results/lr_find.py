@@ -16,7 +16,7 @@ import numpy as np
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from matplotlib.figure import Figure
 
-from ..config import RunConfig
+from ..config import RunConfig, one_sentence
 from ..data.datamodule import ImageNetDataModule
 from ..data.index import Index
 from ..learn.numerics import NotANumber
@@ -160,6 +160,7 @@ def _fit(trainer: L.Trainer, module: RisingRate, datamodule: ImageNetDataModule)
     return "it was interrupted" if asked else "the loss diverged" if module.diverged else "the whole range"
 
 # %% ../../nbs/results/08_lr_find.ipynb #range_test-function
+@one_sentence
 def range_test(
     config: RunConfig,  # from plan.resolve
     train: Index,  # its training pictures, from plan.validate

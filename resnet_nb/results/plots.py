@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DPI', 'APART', 'TRAIN', 'VAL', 'LOGGED', 'PLANNED', 'panels', 'save_figure', 'plot_plan', 'plot_pictures',
-           'plot_augmented', 'plot_counts', 'plot_run', 'save_plot', 'plot_runs', 'plot_sizes', 'plot_odd']
+           'plot_augmented', 'plot_counts', 'plot_run', 'save_plot', 'plot_runs', 'beside', 'plot_sizes', 'plot_odd']
 
 # %% ../../nbs/results/00_plots.ipynb #imports
 import io
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-from ..config import Recipe, RunConfig
+from ..config import Recipe, RunConfig, one_sentence
 from ..data.index import Index
 from ..data.sampler import MicrobatchSampler
 from ..data.transforms import decode, eval_picture, load_train, read_size
@@ -40,6 +40,7 @@ def panels(rows: int, columns: int, height: float, **options):
     return fig, axes
 
 
+@one_sentence
 def save_figure(fig: Figure | None, stem: Path) -> Figure | None:
     "Write `fig` as stem.png and stem.svg, each in one step, and return it; where there is none, nothing."
     if fig is None:
@@ -84,6 +85,7 @@ def plot_plan(
     return fig
 
 # %% ../../nbs/results/00_plots.ipynb #plot_pictures
+@one_sentence
 def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     "The first training pictures of the first and of the last epoch, augmented, with their labels."
     r = config.recipe
@@ -102,6 +104,7 @@ def plot_pictures(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     return fig
 
 # %% ../../nbs/results/00_plots.ipynb #plot_augmented
+@one_sentence
 def plot_augmented(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     "The same pictures, evenly spread over the training set: whole, then as one epoch of each image size draws them."
     r, which = config.recipe, np.linspace(0, len(train) - 1, columns).astype(int)
@@ -122,6 +125,7 @@ def plot_augmented(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     return fig
 
 
+@one_sentence
 def plot_counts(train: Index, val: Index, some: int = 300) -> Figure:
     "Pictures of each class in both splits, the largest class first, and both sides of `some` training pictures, evenly spread."
     fig, (left, right) = panels(1, 2, 2.6)
@@ -180,14 +184,14 @@ def _draw_accuracies(ax, train: list[dict], val: list[dict], marker: dict) -> No
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 # %% ../../nbs/results/00_plots.ipynb #plot_run
+@one_sentence
 def plot_run(run_dir: str | Path) -> Figure:
     "The curves of the run in `run_dir`; ValueError before its first epoch has ended."
     run_dir = Path(run_dir)
     config, (steps, train, val) = load_config(run_dir), (read_rows(run_dir, event) for event in ("step", "epoch", "val"))
     if not val:
         raise ValueError(f"run {run_dir.name!r} has no finished epoch yet; plot it later")
-    r = config.recipe
-    per_epoch = epoch_steps(run_dir, r)
+    r, per_epoch = config.recipe, epoch_steps(run_dir, config.recipe)
     at_step = [(row["step"] - 1) / per_epoch for row in steps]  # a step's rate holds from its beginning
     fig, axes = panels(4, 1, 8.4, sharex=True, height_ratios=[1, 1.2, 1.4, 0.8])
     lr, loss, acc, size = axes
@@ -213,6 +217,7 @@ def plot_run(run_dir: str | Path) -> Figure:
     return fig
 
 
+@one_sentence
 def save_plot(run_dir: str | Path, stem: Path | None = None) -> Path:
     "Write the curves of a run as stem.png and stem.svg, else as curves in its folder; returns the path of the first."
     stem = stem or Path(run_dir) / "curves"
@@ -220,6 +225,7 @@ def save_plot(run_dir: str | Path, stem: Path | None = None) -> Path:
     return stem.with_name(f"{stem.name}.png")
 
 # %% ../../nbs/results/00_plots.ipynb #plot_runs
+@one_sentence
 def plot_runs(run_dirs: Iterable[str | Path]) -> Figure:
     "Validation accuracy, training loss and learning rate of several runs over their epochs; ValueError where one has no finished epoch."
     fig, (acc, loss, lr) = panels(3, 1, 6.4, sharex=True, height_ratios=[1.4, 1.2, 0.8])
@@ -230,8 +236,7 @@ def plot_runs(run_dirs: Iterable[str | Path]) -> Figure:
         style = {"color": color, "marker": "o", "ms": 3, "label": run_dir.name}
         acc.plot([row["epoch"] + 1 for row in val], _numbers(val, "val/acc"), **style)
         loss.plot([row["epoch"] + 1 for row in train], _numbers(train, "train/loss"), **style)
-        steps = read_rows(run_dir, "step")
-        per_epoch = steps[-1]["step"] / (steps[-1]["epoch"] + 1)
+        steps, per_epoch = read_rows(run_dir, "step"), epoch_steps(run_dir, load_config(run_dir).recipe)
         lr.plot([(row["step"] - 1) / per_epoch for row in steps], [row["train/learning_rate"] for row in steps], color=color)
     acc.set(ylabel="validation top-1")
     acc.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -242,6 +247,12 @@ def plot_runs(run_dirs: Iterable[str | Path]) -> Figure:
         ax.grid(alpha=0.25)
     acc.legend(fontsize=8)
     return fig
+
+
+def beside(run_dirs: Iterable[Path]) -> Path:
+    "Where the curves of several runs are kept, but for the ending: in the folder of the first."
+    first, *others = run_dirs
+    return first / "figures" / f"curves with {' '.join(run.name for run in others)}"[:120]
 
 # %% ../../nbs/results/00_plots.ipynb #plot_sizes
 def plot_sizes(report: dict) -> Figure:
@@ -263,6 +274,7 @@ def plot_sizes(report: dict) -> Figure:
     return fig
 
 # %% ../../nbs/results/00_plots.ipynb #plot_odd
+@one_sentence
 def plot_odd(report: dict, indexes: dict[str, Index], each: int = 4) -> Figure | None:
     "The first pictures of each kind that is bad or odd, as training sees them; None where there are none."
     listed = [

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from ..run.launch import SAFE_PYTHON, variables
+
 # %% ../../nbs/results/00_processes.ipynb #threads
 @contextmanager
 def threads(count: int) -> Iterator[None]:
@@ -44,11 +46,12 @@ def _process(rank: int, folder: str, work: Callable, parent: int) -> None:
 
 
 def _start(work: Callable, count: int, folder: str):
-    "The processes, which are born deaf to SIGINT."
+    "The processes, which are born deaf to SIGINT, and import nothing from the current folder."
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it would tell which processes it ends after one has failed
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return start_processes(_process, (folder, work, os.getpid()), count, join=False, start_method="spawn")
+        with variables(**SAFE_PYTHON):
+            return start_processes(_process, (folder, work, os.getpid()), count, join=False, start_method="spawn")
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -33,7 +33,7 @@ from typing import IO
 
 import psutil
 
-from ..config import Recipe, RunConfig, checked, project_root
+from ..config import Recipe, RunConfig, checked, one_sentence, project_root
 from ..data.sampler import steps_per_epoch
 from ..files import SPARE, DamagedFile, keep_spare, read_json, told_if_full, write_file, write_json
 
@@ -58,6 +58,7 @@ def run_path(name: str) -> Path:
     return project_root() / "runs" / name
 
 
+@one_sentence
 def load_config(run_dir: Path) -> RunConfig:
     "The run that lives in `run_dir`; raises ValueError where none does, or one that another version wrote."
     path = Path(run_dir) / "config.json"
@@ -297,6 +298,7 @@ def final_note(run_dir: Path, attempt: int) -> str:
     return next((note for note in reversed(notes) if note == "completed" or note.startswith("stopped: ")), "")
 
 
+@one_sentence
 def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers."
     status = {"status": "created", "reason": "", "attempts": []} | read_json(run_dir / "run.json")

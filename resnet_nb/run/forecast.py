@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import Parameters, RunConfig, project_root
+from ..config import Parameters, RunConfig, one_sentence, project_root
 from ..data.index import cache_dir
 from ..data.splits import prepare_data
 from ..files import read_json, write_json
@@ -119,6 +119,7 @@ def _kept(config: RunConfig) -> dict:
     return kept["found"] if kept.keys() >= {"found"} and kept == _kind(config) | {"found": kept["found"]} else {}
 
 
+@one_sentence
 def before_lines(config: RunConfig) -> list[str]:
     "What was forecast for such a run, or how to have that measured."
     if found := _kept(config):
@@ -126,6 +127,7 @@ def before_lines(config: RunConfig) -> list[str]:
     return ["how long it takes here is not measured yet: resnet-nb check hw, with the same parameters, tells hours and price"]
 
 # %% ../../nbs/run/08_forecast.ipynb #beside
+@one_sentence
 def beside_lines(run_dir: Path, config: RunConfig, checks: list[Check]) -> list[str]:
     "What a run measured, for each image size, beside what was forecast for it, and what the `checks` said before it began."
     known = {row["image_size"]: row for row in _kept(config).get("sizes", [])}

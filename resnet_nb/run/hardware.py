@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ..config import Hardware, RunConfig, checked, project_root
+from ..config import Hardware, RunConfig, checked, one_sentence, project_root
 from ..files import DiskFull
 
 # %% ../../nbs/run/00_hardware.ipynb #ask_torch
@@ -296,6 +296,7 @@ def check_limits(config: RunConfig, containers: int) -> list[Check]:
     return [*checks, Check("open files", f"{files:,} for a process", f"{limit:,}" if limit >= 0 else "no limit", few)]
 
 # %% ../../nbs/run/00_hardware.ipynb #check_machine
+@one_sentence
 def check_machine(
     config: RunConfig,
     found: dict | None = None,  # as `find_devices` returns it; None: asked
