@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'Called', 'Model', 'Size', 'Share', 'Positive', 'Count', 'Whole', 'VARIANT', 'RECIPES', 'HARDWARE',
-           'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table', 'Shelf',
-           'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines',
-           'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'parse_yaml', 'as_yaml',
-           'read_recipe', 'project_root']
+           'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'MOST', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table',
+           'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware',
+           'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'parse_yaml',
+           'as_yaml', 'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -519,12 +519,17 @@ def parameter_hint(name: str) -> str:
     return f"{word} ({fields[word].description}), in overrides: {{{word}: …}}" if word in fields else near
 
 # %% ../nbs/00_config.ipynb #shared_unevenly
+MOST = 10_000  # machines, or devices of a machine, that are looked at: nobody has more
+
+
 def _shared_unevenly(count: int, devices: int, nodes: int = 1) -> str:
     words = lambda numbers: " or ".join(", ".join(map(str, numbers)).rsplit(", ", 1))
-    fits = [n for n in range(1, count + 1) if count % n == 0]
+    fits = [n for n in range(1, min(count, MOST) + 1) if count % n == 0]
     said = f"num_microbatches={count} cannot be shared evenly by"
     if count % nodes:
-        return f"{said} {nodes} machines; use {words(fits)} machine{'s' * (count > 1)}, with -p nodes {max(n for n in fits if n <= nodes)}"
+        return (
+            f"{said} {nodes} machines; use {words(fits)} machine{'s' * (fits[-1] > 1)}, with -p nodes {max(n for n in fits if n <= nodes)}"
+        )
     each = [n for n in fits if count // nodes % n == 0]
     near, many = max(n for n in each if n <= devices), f"device{'s' * (each[-1] > 1)}"
     if nodes == 1:

@@ -90,7 +90,7 @@ def test_a_trial_that_fails_is_told_in_one_sentence_and_leaves_nothing(home, dat
     for path in (tmp_path / "bad" / "train").rglob("*.png"):
         path.write_bytes(path.read_bytes()[:50])
     result = CliRunner().invoke(cli.main, check_hw(tmp_path / "bad", "--seconds", "0"))
-    assert result.exit_code == 2 and "the trial failed, as the run would: BadPicture: " in result.output, result.output
+    assert result.exit_code == 3 and "the trial failed, as the run would: BadPicture: " in result.output, result.output
     assert str(tmp_path / "bad" / "train") in result.output and trials(home) == []
 
 

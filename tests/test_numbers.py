@@ -1,6 +1,8 @@
 """Where a number can't be: what is said of the step, of its pictures, and of statistics that could not be held."""
 
+import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ from conftest import STEPS, run_here
 from resnet_nb.learn.module import JudgedClassifier
 from resnet_nb.learn.network import build_model
 from resnet_nb.run import launch
+from resnet_nb.run.checkpoints import STATE, checkpoint_path, commit_checkpoint, partial_path
 from resnet_nb.run.folder import read_rows
+from resnet_nb.run.recording import last_whole
 
 SHORT = {"epochs": 1, "image_sizes": [16]}
 
@@ -39,10 +43,25 @@ def test_the_message_names_tensor_pictures_size_and_the_checkpoint_before(make_c
     said = str(failure.value)
     assert failure.value.code == 4 and "the loss of step 6 is not a number" in said, said
     assert re.search(r"the output of \S+conv1 is not finite, in microbatch \d of 4 of epoch 2", said), said
-    assert "6 pictures at 24 px" in said and "step-00000004 is from before, and whole" in said and "numerics=close" not in said
+    assert (
+        "6 pictures at 24 px" in said
+        and "step-00000004 is from before, and whole, with finite weights" in said
+        and "numerics=close" not in said
+    )
     listed = Path(re.search(r"\(all: '(.*)'\)", said)[1]).read_text().splitlines()
     assert len(listed) == 6 and all(Path(name).is_file() and data / "train" in Path(name).parents for name in listed)
     assert listed[0] in said
+
+
+def test_a_checkpoint_that_an_update_has_spoiled_is_not_called_whole(tmp_path):
+    for step, weight in ((4, 1.0), (8, 2.0), (12, math.nan)):
+        torch.save({"state_dict": {"fc.weight": torch.tensor([0.0, weight])}}, partial_path(tmp_path, step) / STATE)
+        commit_checkpoint(tmp_path, step, {})
+    assert last_whole(tmp_path) == "step-00000008 is from before, and whole, with finite weights"
+    (checkpoint_path(tmp_path, 8) / STATE).write_bytes(b"damaged")
+    assert last_whole(tmp_path).startswith("step-00000004 is")
+    shutil.rmtree(checkpoint_path(tmp_path, 4))
+    assert last_whole(tmp_path) == "no checkpoint with finite weights was saved before"
 
 
 def test_two_ranks_say_the_same_of_a_step(make_config, tmp_path):

@@ -55,6 +55,7 @@ def test_settings_keep_tags_and_clean_the_rest():
 
 
 ROOMS = [
+    {"entry"},
     {"cli"},
     {"results"},
     {"run"},
@@ -62,7 +63,7 @@ ROOMS = [
     {"config", "seed", "schedule", "files", "bars", "watch", "names"},
 ]  # each imports only later ones
 LEVELS = {name: level for level, names in enumerate(ROOMS) for name in names}
-KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[-1]
+KERNEL_SIDE = {name for name in MODULES if name.startswith("data.") and name != "data.datamodule"} | ROOMS[0] | ROOMS[1] | ROOMS[-1]
 KERNEL_SIDE |= {
     "run.folder",
     "run.hardware",

@@ -1,6 +1,8 @@
 """What surrounds a run does not change it: the environment, the current folder, the terminal, damaged files."""
 
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from click.testing import CliRunner
 from conftest import STEPS
 
@@ -16,14 +19,17 @@ from resnet_nb import cli
 from resnet_nb.config import RECIPES
 from resnet_nb.data.formats import known_titles
 from resnet_nb.data.splits import index_data
-from resnet_nb.files import read_json
+from resnet_nb.files import read_json, write_json
 from resnet_nb.results.plots import plot_pictures, plot_plan
 from resnet_nb.results.processes import in_processes
+from resnet_nb.run.checkpoints import STATE, find_checkpoint
 from resnet_nb.run.folder import create_run, damaged_lines, is_locked, lock_run, read_rows, read_status, run_path, write_status
+from resnet_nb.run.worker import run_rank
 from resnet_nb.schedule import size_plan
 
 STRAY = {
     "PL_TRAINER_LIMIT_TRAIN_BATCHES": "2", "PL_TRAINER_GRADIENT_CLIP_VAL": "0.001", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1", "PYTHON_EXEC": "/bin/false", "TORCH_COMPILE_DISABLE": "1", "TIMM_USE_NAFLEXVIT": "true",
     "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NAME": "a", "MASTER_ADDR": "10.1.2.3", "PET_NNODES": "2", "PYTHONWARNINGS": "error",
 }  # fmt: skip
 
@@ -48,7 +54,13 @@ def test_a_run_is_the_same_in_any_environment_folder_and_terminal(home, one, hos
     parameters = config["parameters"] | {"name": "surrounded"}
     wish.write_text("\n".join(f"{key}: {value!r}" for key, value in parameters.items()))
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONUTF8", "LANG", "LC_ALL")}
-    environment |= STRAY | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    environment |= STRAY | {
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "ascii",
+        "GIT_DIR": str(hostile),
+    }
     command = [str(Path(sys.executable).parent / "resnet-nb"), "train", "-f", "wish.yaml"]
     del environment["PYTHONWARNINGS"]  # a person's own command may fail by it; what it starts must not
     done = subprocess.run(command, cwd=hostile, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -57,6 +69,8 @@ def test_a_run_is_the_same_in_any_environment_folder_and_terminal(home, one, hos
     assert steps(run_dir) == steps(one) and len(steps(run_dir)) == 3 * STEPS
     left_out = read_status(run_dir)["attempts"][0]["left_out_of_environment"]
     assert left_out == sorted(STRAY.keys() - {"PYTHONWARNINGS"} | {"PYTHONIOENCODING"})
+    code = [read_json(run / "manifest.json")["attempts"][0]["git_commit"] for run in (run_dir, one)]
+    assert code[0] == code[1]
     assert "📚 Epoch 1/3" in (run_dir / "train.log").read_text(encoding="utf-8")
 
 
@@ -77,6 +91,29 @@ def test_inherited_whole_the_same_environment_would_have_changed_it(make_config)
     words = [sys.executable, "-m", "resnet_nb.run.worker", str(run_dir)]
     subprocess.run(words, env=os.environ | {"PL_TRAINER_LIMIT_TRAIN_BATCHES": "4"}, check=True, capture_output=True)
     assert 0 < len(steps(run_dir)) < STEPS
+
+
+class Program:
+    def __reduce__(self):
+        return os.system, ("touch it-was-run",)
+
+
+def test_a_checkpoint_is_not_run_as_a_program_whatever_the_environment_says(one, tmp_path, monkeypatch):
+    subprocess.run(["cp", "-r", one, tmp_path / "copy"], check=True)
+    checkpoint = find_checkpoint(tmp_path / "copy")
+    state = checkpoint / STATE
+    state.write_bytes(pickle.dumps(Program()))
+    about = read_json(checkpoint / "MANIFEST.json")
+    about["files"][STATE] = {"bytes": state.stat().st_size, "sha256": hashlib.sha256(state.read_bytes()).hexdigest()}
+    write_json(checkpoint / "MANIFEST.json", about)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pickle.UnpicklingError):
+        run_rank(tmp_path / "copy", 2)
+    assert not Path("it-was-run").exists()
+    with pytest.raises(RuntimeError, match="corrupt file"), pytest.warns(UserWarning, match="TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        torch.load(state)
+    assert Path("it-was-run").exists()  # the control
 
 
 def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tmp_path):

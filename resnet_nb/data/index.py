@@ -56,6 +56,8 @@ class _Mapped:
 class BadPicture(ValueError):
     "A picture can't be used; the message is one sentence that names it, says what is wrong with it, and what to do."
 
+    exit_code = 3  # of a command that ends with it
+
     @property
     def sentence(self) -> str:
         "The message, also of an error that comes from a data worker, which puts a traceback before it."

@@ -146,7 +146,7 @@ def _answers(
     num_workers: int,
     num_threads: int,
 ) -> list[torch.Tensor]:  # (B, C) float32 each
-    "What `network` answers to the batches `rank`, `rank + count`, …; ValueError names a picture that can't be read."
+    "What `network` answers to the batches `rank`, `rank + count`, …; BadPicture names one that can't be read."
     loader = DataLoader(pictures, batch_sampler=batches[rank::count], num_workers=num_workers)
     place = f"cuda:{rank}" if device == "cuda" and count > 1 else device
     network = network.to(place)
@@ -154,7 +154,7 @@ def _answers(
         with threads(num_threads):
             return [network(normalised(images.to(place))).float().cpu() for images in loader]
     except BadPicture as error:  # from a data worker it comes with a traceback before its sentence
-        raise ValueError(error.sentence) from None
+        raise BadPicture(error.sentence) from None
 
 # %% ../../nbs/results/01_evaluate.ipynb #share_out
 def _validate_devices(device: str, devices: int) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from ..config import Recipe, RunConfig, one_sentence
 from ..data.index import Index
 from ..data.sampler import MicrobatchSampler
-from ..data.transforms import decode, eval_picture, load_train, read_size
+from ..data.transforms import _decoded, decode, eval_picture, load_train, read_size
 from ..files import write_file
 from ..run.folder import all_rows, epoch_steps, load_config, read_rows
 from ..schedule import lr_at, size_at, size_plan
@@ -110,8 +110,8 @@ def plot_augmented(config: RunConfig, train: Index, columns: int = 8) -> Figure:
     r, which = config.recipe, np.linspace(0, len(train) - 1, columns).astype(int)
     parts = size_plan(r)[-4:]
     fig, axes = panels(1 + len(parts), columns, 1.02 * (1 + len(parts)))
-    for ax, i in zip(axes[0], which):
-        ax.imshow(Image.fromarray(decode(train.read(int(i)), upright=r.exif_orientation)).resize((96, 96)))
+    for ax, i in zip(axes[0], which.tolist()):
+        ax.imshow(Image.fromarray(_decoded(train.read(i), train, i, upright=r.exif_orientation)).resize((96, 96)))
         ax.set_title(train.titles[train.labels[i]][:12], fontsize=7, parse_math=False)
     for row, (epoch, size) in zip(axes[1:], parts):
         for ax, (pixels, _) in zip(

@@ -41,7 +41,7 @@ def _process(rank: int, folder: str, work: Callable, parent: int) -> None:
     try:
         result = work(rank, *given)
     except (ValueError, OSError) as error:
-        result = ValueError(str(error))
+        result = error if hasattr(error, "exit_code") else ValueError(str(error))  # one of ours is its sentence alone
     torch.save(result, f"{folder}/{rank}")
 
 

@@ -331,8 +331,9 @@ def _package() -> Path:
 
 
 def _git(folder: Path, *args: str) -> bytes:
-    "What git says in `folder`; raises OSError or SubprocessError."
-    return subprocess.run(["git", *args], cwd=folder, capture_output=True, check=True, timeout=20).stdout
+    "What git says of the repository that `folder` lies in, not of one that a hook's or a script's variables name; raises OSError or SubprocessError."
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}
+    return subprocess.run(["git", *args], cwd=folder, env=plain, capture_output=True, check=True, timeout=20).stdout
 
 
 def code_facts(package: Path | None = None) -> dict:
@@ -358,8 +359,10 @@ def code_facts(package: Path | None = None) -> dict:
 # %% ../../nbs/run/00_folder.ipynb #environment_facts
 # that change sums or pixels, and belong to the numerics class where they are set
 NUMERIC_VARIABLES = (
-    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "NCCL_ALGO",
-    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "ATEN_CPU_CAPABILITY", "CUBLAS_WORKSPACE_CONFIG", "DNNL_DEFAULT_FPMATH_MODE", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR",
+    "MKL_ENABLE_INSTRUCTIONS", "NCCL_ALGO", "NVIDIA_TF32_OVERRIDE", "PYTORCH_SUM_INNER_TREE", "PYTORCH_TUNABLEOP_ENABLED", "TIMM_FUSED_ATTN",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "TORCH_CUDNN_USE_HEURISTIC_MODE_B", "TORCH_CUDNN_V8_API_DISABLED",
+    "TORCH_LINEAR_FLATTEN_3D",
 )  # fmt: skip
 VARIABLES = (*NUMERIC_VARIABLES, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 

@@ -30,14 +30,14 @@ from resnet_nb.run.folder import (
     RunBusy, all_rows, append_rows, best_epoch, create_run, epoch_steps, final_note, is_locked, load_config, lock_run, make_run_dir,
     mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
 )  # fmt: skip
-from .hardware import memory_remedy, oom_kills
+from .hardware import NoAnswer, memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
 from .nodes import interface_to, meeting
 from .place import open_place, sign_off
 from .plan import count_again
 from .spot import watch_notices
 from ..schedule import size_plan
-from ..watch import BEGUN, GRACE, PARENT_GONE, PATIENCE, PRIVATE, SLOW, end_ranks, late, late_ranks
+from ..watch import BEGUN, GRACE, PARENT_GONE, PATIENCE, PRIVATE, SLOW, end_ranks, in_seconds, late, late_ranks
 
 # %% ../../nbs/run/06_launch.ipynb #command
 def command(
@@ -68,11 +68,13 @@ def command(
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 
 
-# read by Lightning (PL_TRAINER_LIMIT_TRAIN_BATCHES=2 would train two batches of each epoch), torch's launcher, a scheduler, or Python: left in a
+# read by Lightning (PL_TRAINER_LIMIT_TRAIN_BATCHES=2 would train two batches of each epoch), torch and its launcher (a checkpoint would be run as a
+# program, the ranks by another Python, a compiled network as it is), timm (another network under the same name), a scheduler, or Python: left in a
 # shell, they would steer a run that nobody meant them for
 STRAY = re.compile(
     r"(PL|PET|TORCHELASTIC|TORCH_ELASTIC|SLURM|OMPI|PMIX?|LSB|JSM|GROUP|ROLE)_.*|(LOCAL_|NODE_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
-    r"|PYTHON(WARNINGS|INSPECT|OPTIMIZE|STARTUP|IOENCODING)"
+    r"|PYTHON(WARNINGS|INSPECT|OPTIMIZE|STARTUP|IOENCODING|_EXEC)"
+    r"|TORCH_FORCE_(NO_)?WEIGHTS_ONLY_LOAD|TORCHDYNAMO_(DISABLE|SUPPRESS_ERRORS)|TORCH_COMPILE_(DISABLE|OVERRIDE_BACKENDS)|TIMM_USE_NAFLEXVIT"
 )
 # no module of ours or of a library is replaced by a file of the current folder, and all text is UTF-8
 SAFE_PYTHON = {"PYTHONSAFEPATH": "1", "PYTHONUTF8": "1"}
@@ -215,7 +217,7 @@ class _Tries:
 
     def __init__(self, run_dir: Path, config: RunConfig, attempt: int):
         self.run_dir, self.config, self.attempt, self.over, self.left = run_dir, config, attempt, "", 5
-        self.until = time.monotonic() + 60 * config.hardware.join_minutes
+        self.until = time.monotonic() + in_seconds(config.hardware.join_minutes)
         if config.hardware.nodes > 1:
             note = f"waits at {config.parameters.rdzv} until all {config.hardware.nodes} machines are there"
             append_rows(run_dir, [{"event": "note", "note": note, "step": _reached(run_dir)[0], "epoch": 0, "attempt": attempt}])
@@ -238,7 +240,7 @@ class _Tries:
 # %% ../../nbs/run/06_launch.ipynb #attempt
 def _ranks(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], begun: dict) -> tuple[int, str, bool, bool]:
     "Start the ranks of this machine, and wait for their end: exit code, what hung, whether they came into being, and whether they came to train."
-    attempt, patience, h = len(attempts) + 1, 60 * config.hardware.hang_minutes, config.hardware
+    attempt, patience, h = len(attempts) + 1, in_seconds(config.hardware.hang_minutes), config.hardware
     meets = meeting(config) if h.nodes > 1 else None  # None: on this machine alone
     with tempfile.TemporaryDirectory(prefix="resnet-nb-") as folder, open(run_dir / "logs" / f"attempt-{attempt}.log", "ab") as log:
         private = Path(folder)
@@ -248,7 +250,7 @@ def _ranks(run_dir: Path, config: RunConfig, lock: int, attempts: list[dict], be
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock],
         )  # fmt: skip
         (private / "launcher").write_text(str(ranks.pid))
-        alone = 60 * h.join_minutes if meets else 0
+        alone = in_seconds(h.join_minutes) if meets else 0
         os.utime(private / "launcher", (0, time.monotonic() + alone + SLOW * patience + GRACE))
         # torchrun that is signalled would end without a word to the other machines' and leave them waiting; ranks look for the file
         pass_on = (lambda number, frame: (run_dir / "STOP").touch()) if meets else functools.partial(_pass_on, ranks)
@@ -279,7 +281,7 @@ def _count_devices(run_dir: Path) -> str:
         now = count_again(config)
     except ValueError as problem:
         return str(problem)
-    except RuntimeError as problem:  # torch does not answer: then the ranks say why
+    except NoAnswer as problem:  # torch does not answer: then the ranks say why
         print(problem, file=sys.stderr, flush=True)
         return ""
     if now != config:

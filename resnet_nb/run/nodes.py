@@ -17,6 +17,7 @@ from typing import NamedTuple
 import psutil
 
 from ..config import Parameters, RunConfig, split_rdzv
+from ..watch import in_seconds
 
 # %% ../../nbs/run/00_nodes.ipynb #can_bind
 def addresses(host: str) -> list[tuple]:
@@ -107,7 +108,7 @@ def name_here(name: str, parameters: Parameters, environment: Mapping[str, str] 
 # %% ../../nbs/run/00_nodes.ipynb #meeting
 def meeting(config: RunConfig) -> list[str]:
     "What torchrun needs to be told of the other machines of a run."
-    host, wait = split_rdzv(config.parameters.rdzv)[0], round(60 * config.hardware.join_minutes)
+    host, wait = split_rdzv(config.parameters.rdzv)[0], round(in_seconds(config.hardware.join_minutes))
     mine = host if config.leads else f"~{hostname()}"
     return [
         "--nnodes", str(config.hardware.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", config.parameters.rdzv, "--rdzv-id", "resnet-nb",

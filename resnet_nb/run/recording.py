@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['current_lr', 'lr_line', 'start_line', 'metrics_line', 'unheld_line', 'is_first', 'model_info', 'TextLoggingCallback',
            'DataWaitProfiler', 'EpochClock', 'peak_memory', 'record', 'WaitingSteps', 'exact_seconds', 'check_loss',
-           'explain', 'MetricsCallback', 'run_fields', 'GraphCallback']
+           'last_whole', 'explain', 'MetricsCallback', 'run_fields', 'GraphCallback']
 
 # %% ../../nbs/run/02_recording.ipynb #imports
 import copy
@@ -28,7 +28,7 @@ from ..files import write_file
 from ..learn.diagnosis import first_not_finite
 from ..learn.module import ResNetModule
 from ..learn.numerics import LIMIT, NotANumber
-from .checkpoints import checkpoints
+from .checkpoints import STATE, checkpoints, damage
 from .folder import append_rows, write_summary
 
 # %% ../../nbs/run/02_recording.ipynb #lines
@@ -229,6 +229,16 @@ def check_loss(step: int, loss: float) -> None:
         raise NotANumber(step)
 
 
+def last_whole(run_dir: Path) -> str:
+    "The checkpoint to go on from, in words: what an epoch's last update has spoiled is saved before a loss tells of it."
+    for checkpoint in checkpoints(run_dir):
+        if not damage(checkpoint):
+            weights = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)["state_dict"]
+            if all(tensor.isfinite().all() for tensor in weights.values()):
+                return f"{checkpoint.name} is from before, and whole, with finite weights"
+    return "no checkpoint with finite weights was saved before"
+
+
 def explain(error: FloatingPointError, run_dir: Path, module: ResNetModule, datamodule: ImageNetDataModule) -> str:
     "What is known of a step that could not be made: its first tensor that is not finite, the pictures, the last checkpoint, what to do."
     step = error.step if isinstance(error, NotANumber) else module.global_step + 1
@@ -240,11 +250,10 @@ def explain(error: FloatingPointError, run_dir: Path, module: ResNetModule, data
     named = [datamodule.train_index.where(key.index) for key in keys]
     listed = run_dir / "logs" / f"not-finite-step-{step}.txt"
     write_file(listed, "".join(f"{name.encode(errors='backslashreplace').decode()}\n" for name in named))
-    saved = next((f"{path.name} is from before, and whole" for path in checkpoints(run_dir)), "no checkpoint was saved before")
     or_close = ", or use numerics=close" * ("exact sums hold" in found)
     return (
         f"{error}: {found}, in microbatch {number + 1} of {len(microbatches)} of epoch {keys[0].epoch + 1}, {len(keys)} pictures at {keys[0].size} px, "
-        f"{named[0]!r} the first (all: {str(listed)!r}). {saved}. Lower peak_lr, lengthen warmup_ratio, or set clip_norm{or_close}, under another name"
+        f"{named[0]!r} the first (all: {str(listed)!r}). {last_whole(run_dir)}. Lower peak_lr, lengthen warmup_ratio, or set clip_norm{or_close}, under another name"
     )
 
 # %% ../../nbs/run/02_recording.ipynb #MetricsCallback

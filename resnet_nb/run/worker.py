@@ -51,7 +51,7 @@ from .recording import DataWaitProfiler, GraphCallback, MetricsCallback, TextLog
 from .stopping import CheckpointCallback, PulseCallback, ResolutionScheduleCallback, Stopped
 from .together import REMEDIES, PeerFailed, Peers, agree, disagreement, meet, open_store, share_checkpoint, until_together
 from ..schedule import size_at
-from ..watch import BEGUN, PRIVATE, SLOW
+from ..watch import BEGUN, PRIVATE, SLOW, in_seconds
 
 # %% ../../nbs/run/04_worker.ipynb #set_threads
 def set_threads(config: RunConfig) -> None:
@@ -226,13 +226,13 @@ def join_ranks(config: RunConfig) -> None:
     if cuda:
         torch.cuda.set_device(device)
         atexit.register(torch.distributed.destroy_process_group)
-    minutes = max(10, SLOW * config.hardware.hang_minutes)  # a rank that hangs is found before its peers give up
+    seconds = max(600, SLOW * in_seconds(config.hardware.hang_minutes))  # a rank that hangs is found before its peers give up
     several, private = config.hardware.nodes > 1, Path(os.environ["TORCHELASTIC_RUN_ID"])
     with until_together(several):
         torch.distributed.init_process_group(
             "nccl" if cuda else "gloo",
             store=open_store() if several else torch.distributed.FileStore(str(private / "store"), config.world_size),
-            rank=int(os.environ["RANK"]), world_size=config.world_size, timeout=timedelta(minutes=minutes), device_id=device,
+            rank=int(os.environ["RANK"]), world_size=config.world_size, timeout=timedelta(seconds=seconds), device_id=device,
         )  # fmt: skip
 
 # %% ../../nbs/run/04_worker.ipynb #make_trainer
@@ -319,7 +319,7 @@ def _fit(run_dir: Path, attempt: int, trainer: L.Trainer, module: ResNetModule, 
     "Train, from a checkpoint's `state` if there is one, and return how it ended."
     outcome = "completed"
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=state)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=state, weights_only=True)  # whatever the environment says
     except Stopped as stop:
         outcome = f"stopped: {stop}"
     except FloatingPointError as error:
@@ -387,7 +387,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
         raise
 
 # %% ../../nbs/run/04_worker.ipynb #describe_error
-NO_MEMORY = re.compile("(OutOf)?MemoryError|[Cc]an(no|')t allocate memory|can't start new thread")
+NO_MEMORY = re.compile("(OutOf)?MemoryError|[Cc]an(no|')t allocate memory|can't start new thread|out of memory|STATUS_ALLOC_FAILED")
 
 
 def is_ours(error: BaseException) -> bool:
