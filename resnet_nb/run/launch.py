@@ -448,6 +448,14 @@ def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     within = lambda first, end: min(step, end * per_epoch) - min(step, first * per_epoch)
     return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
+
+def _stage(run_dir: Path) -> str:
+    "What a run is at before its ranks are about to train: they write logs from the time on at which all modules are imported."
+    with contextlib.suppress(DamagedFile):
+        if any((run_dir / "logs").glob(f"attempt-{len(read_status(run_dir)['attempts'])}-rank-*.log")):
+            return "reading the data"
+    return "starting"
+
 # %% ../../nbs/run/06_launch.ipynb #Progress
 class Progress:
     "How far a run has come and how long it will take, from the rows of its record as they come."
@@ -478,7 +486,7 @@ class Progress:
 
     def __str__(self) -> str:
         if not self.per_epoch:
-            return f"step {self.step:,}" if self.since else f"starting, for {duration(self.clock() - self.began)}"
+            return f"step {self.step:,}" if self.since else f"{_stage(self.run_dir)}, for {duration(self.clock() - self.began)}"
         if self.since is None:
             return f"the first step is under way, {self.per_epoch:,} make an epoch"
         epoch, into = divmod(self.step, self.per_epoch)
