@@ -108,7 +108,7 @@ def test_a_page_ends_its_command_with_one_sentence_where_a_person_can_mend_it(en
         "lr_find": ["lr-find", "--page", *given],
     }.items():
         result = CliRunner().invoke(cli.main, words)
-        assert result.exit_code == code and ("Error: what to do" in result.output) == (code > 1), result.output
+        assert result.exit_code == code and ("\nError: what to do" in f"\n{result.output}") == (code > 1), result.output
         assert ("Error: TypeError: what to do (traceback: " in result.output) == (code == 1)  # the control: a programmer's
         assert (cache_dir(data) / f"{page}.ipynb").read_text() == f"{page}.ipynb"
 
