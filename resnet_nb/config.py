@@ -42,7 +42,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     same = OTHER_WORDS.get(name)
     close = [same] if same in names else difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
 
 # %% ../nbs/00_config.ipynb #one_sentence
 Called = TypeVar("Called", bound=Callable)
