@@ -75,7 +75,7 @@ def command(*words, data, **how):
 def test_room_for_three_checkpoints_is_needed_before_the_first_step(disk, make_config, hw):
     disk(2 * CHECKPOINT)
     with pytest.raises(
-        launch.RunFailed, match="three checkpoints have no room: the disk is full: asked for were 256.* MiB in .*, free are 1.* MiB"
+        launch.RunFailed, match="three checkpoints have no room: the disk is full: asked for were 255.9 MiB in .*, free are 1.* MiB"
     ) as failure:
         launch.train(make_config(f"little-{hw}", hw))
     assert failure.value.code == 5 and "\n" not in str(failure.value)
