@@ -214,7 +214,10 @@ def test_names_of_classes_are_drawn_as_they_are_written(data, make_config, tmp_p
     subprocess.run(["cp", "-r", data, tmp_path / "odd"], check=True)
     for split in ("train", "val"):
         (tmp_path / "odd" / split / "0").rename(tmp_path / "odd" / split / "$x^{$")
-    plot_pictures(make_config("odd-names", "local", data_dir=tmp_path / "odd"), index_data(tmp_path / "odd")[0]).savefig(BytesIO())
+        (tmp_path / "odd" / split / "1").rename(tmp_path / "odd" / split / os.fsdecode(b"\xff\xfe"))
+    train, _ = index_data(tmp_path / "odd")
+    assert {"$x^{$", "\\xff\\xfe"} < {*train.titles} and os.fsdecode(b"\xff\xfe") in train.classes
+    plot_pictures(make_config("odd-names", "local", data_dir=tmp_path / "odd"), train).savefig(BytesIO())
     figure = plt.figure()
     figure.text(0, 0, "$x^{$")
     with pytest.raises(ValueError, match="ParseException|ParseFatalException|Expected"):

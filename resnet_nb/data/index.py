@@ -216,7 +216,8 @@ def make_index(
     }
     if layout in ("spans", "rows"):
         arrays |= {"files": files.astype(np.uint16), "offsets": _small(offsets)}
-    return Index(root, layout, keys, [titles[key] for key in keys], arrays, containers)
+    shown = [os.fsencode(titles[key]).decode(errors="backslashreplace") for key in keys]  # bytes of a folder's name that are no UTF-8 can't be drawn
+    return Index(root, layout, keys, shown, arrays, containers)
 
 
 def _small(numbers: np.ndarray) -> np.ndarray:
