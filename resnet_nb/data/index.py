@@ -216,7 +216,7 @@ def make_index(
     }
     if layout in ("spans", "rows"):
         arrays |= {"files": files.astype(np.uint16), "offsets": _small(offsets)}
-    shown = [os.fsencode(titles[key]).decode(errors="backslashreplace") for key in keys]  # bytes of a folder's name that are no UTF-8 can't be drawn
+    shown = [os.fsencode(titles[key]).decode(errors="backslashreplace") for key in keys]  # also bytes that are no UTF-8
     return Index(root, layout, keys, shown, arrays, containers)
 
 
