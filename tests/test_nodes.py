@@ -15,7 +15,7 @@ from conftest import STEPS, wait_for
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
-from resnet_nb.run.folder import all_rows, is_locked, read_rows, read_status
+from resnet_nb.run.folder import all_rows, read_rows, read_status
 
 # a small network: what an exact step sends over the network is 8 bytes for each weight
 RECIPE = {"arch": "shufflenet_v2_x0_5", "epochs": 4, "image_sizes": [16, 24], "hang_minutes": 0.6, "join_minutes": 3.0}
@@ -243,6 +243,6 @@ def test_a_machine_whose_others_do_not_come_says_so_and_can_be_stopped(network, 
     assert "waits at 10.77.0.1" in said and "not all 2 machines came to 10.77.0.1:29417 within 0.2 minutes" in said
     assert (read_status(folder)["status"], len(read_status(folder)["attempts"])) == ("stopped", 1)
     two = network.train("two", config("lonely"))
-    wait_for(lambda: is_locked(network.run("two", "lonely")))
+    wait_for(lambda: read_status(network.run("two", "lonely"))["status"] == "running")  # before, it takes an old STOP file away
     launch.stop(network.run("two", "lonely"))
     assert "asked to stop while it waited for the other machines" in ended(two)[0]
