@@ -733,8 +733,6 @@ def twins(config: RunConfig) -> list[dict]:
 
 def twin_line(run: dict) -> str:
     "What to tell of one of them."
-    word, far = (
-        {"running": "is under way"}.get(run["status"], f"has {run['status']}"),
-        f"{run['epoch']} of {run['epochs']} epoch{'s' * (run['epochs'] != 1)} are done",
-    )
+    word = {"running": "is under way"}.get(run["status"], f"has {run['status']}")
+    far = f"{run['epoch']} of {run['epochs']} epoch{'s' * (run['epochs'] != 1)} are done"
     return f"run {run['name']!r} of the same recipe, seed and data {word}, {far}"

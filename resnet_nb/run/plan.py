@@ -205,9 +205,8 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
     "The run, resolved, as rows for a table: what is learned, from what, where."
     r, h = config.recipe, config.hardware
     many = lambda count, what: f"{count:,} {what}{'s' * (count != 1)}"
-    known = (
-        RECIPES[config.recipe_name].model_dump(mode="json") if config.recipe_name in RECIPES else {}
-    )  # of a file, which may be another by now
+    # a file may say other things by now: of its recipe all overrides are told
+    known = RECIPES[config.recipe_name].model_dump(mode="json") if config.recipe_name in RECIPES else {}
     usual = known | HARDWARE[config.hw].model_dump(mode="json")
     changed = {name: value for name, value in config.parameters.overrides.items() if usual.get(name) != value}
     per_epoch = steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size)
