@@ -185,7 +185,6 @@ def test_bad_input_is_one_sentence_before_anything_starts(given, home, empty_cla
 
 
 def test_a_bad_picture_ends_the_command_with_one_sentence_and_the_traceback_is_in_the_log(data, tmp_path, home):
-    import shutil
 
     broken = shutil.copytree(data, tmp_path / "broken")
     picture = sorted((broken / "val" / "1").iterdir())[0]
@@ -201,8 +200,6 @@ def test_a_bad_picture_ends_the_command_with_one_sentence_and_the_traceback_is_i
 
 @pytest.mark.parametrize("command", ["train", "explore"])
 def test_a_bad_picture_that_a_page_meets_first_ends_the_command_in_the_same_way(command, data, tmp_path, home):
-    import shutil
-
     broken = shutil.copytree(data, tmp_path / "broken")
     for picture in (broken / "train").rglob("*.png"):
         picture.write_bytes(picture.read_bytes()[:50])

@@ -140,6 +140,7 @@ def test_every_notebook_with_parameters_checks_their_names():
         given = {line.target.id for line in ast.parse(cells["parameters"]).body}
         page = "\n".join(text for text in cells.values() if not text.startswith(("%", "!")))
         assert given <= checked(page) <= given | {*Parameters.model_fields}, name
+        assert not given <= checked("check_names(globals(), ['other'])")  # the control
 
 
 def test_code_of_pages_is_as_wide_as_a_window():
