@@ -247,13 +247,18 @@ def notebook(name: str) -> Path:
     return found[0]
 
 
+def _verbatim(path: Path) -> str:
+    "The path as papermill takes it: as a pattern, in which braces hold names of parameters."
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def execute(source: Path, target: Path, parameters: dict, **environment: str) -> None:
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides. DiskFull where `target` has no room."
     import papermill
 
     with launch.variables(**launch.SAFE_PYTHON | environment), told_if_full(target, 0):
         papermill.execute_notebook(
-            str(source), str(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
+            _verbatim(source), _verbatim(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
             # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
             extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
         )  # fmt: skip
@@ -431,7 +436,7 @@ def train(name, p, r, y, f, detach):
     if name and not (run_path(name) / "config.json").exists() and not (p or r or y or f):
         raise ValueError(f"there is no run {name!r} to go on with; {nearest(name, launch.run_names())}")
     config, template = resolve(read_options(p, [*r, *([("name", name)] if name else [])], y, f)), notebook("train.ipynb")
-    found, needed = set(papermill.inspect_notebook(str(template))), set(Parameters.model_fields)
+    found, needed = set(papermill.inspect_notebook(_verbatim(template))), set(Parameters.model_fields)
     if found != needed:  # papermill would train the defaults
         raise ValueError(
             f"{template.name} has parameters {sorted(found)}, needed are {sorted(needed)}; restore its cell tagged 'parameters'"

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'Called', 'Model', 'Size', 'Share', 'Positive', 'Count', 'Whole', 'VARIANT', 'RECIPES', 'HARDWARE',
-           'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'MOST', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table',
-           'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware',
-           'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'parse_yaml',
-           'as_yaml', 'read_recipe', 'project_root']
+           'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked',
+           'as_table', 'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices',
+           'Hardware', 'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig',
+           'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -594,10 +594,13 @@ class RunConfig(Strict):
         return self
 
 # %% ../nbs/00_config.ipynb #parse_yaml
+HALVES = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w")  # of a character, as JSON writes a cat; YAML would take them for two
+
+
 def parse_yaml(text: str, where: str) -> dict:
     "The mapping in `text`, YAML 1.2; ValueError says what is wrong with `where`."
     try:
-        values = YAML(typ="safe", pure=True).load(text)
+        values = YAML(typ="safe", pure=True).load(HALVES.sub(lambda pair: json.loads(f'"{pair[0]}"'), text))
     except MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise ValueError(f"{where} is not YAML: {line}{' '.join(str(error.problem).split())}") from None

@@ -1,11 +1,12 @@
 """Pictures that were swapped between a stop and a resume, under the same names and with the same sizes in bytes, are noticed."""
 
+import lightning as L
 import pytest
 from conftest import run_here, small_data
 
 from resnet_nb.data.datamodule import ImageNetDataModule
 from resnet_nb.data.index import BadPicture
-from resnet_nb.run import launch
+from resnet_nb.run import launch, worker
 from resnet_nb.run.folder import make_run_dir, read_rows
 
 
@@ -42,6 +43,37 @@ def test_a_resume_refuses_pictures_that_were_swapped(make_config, tmp_path):
         path.write_bytes(content)
     assert run_here(config, attempt=3)[1] == "completed"  # the control: the data as they were
     assert len({row["content"] for row in read_rows(run_dir, "step")}) == 4
+
+
+def test_a_run_is_not_completed_with_pictures_that_were_swapped_while_it_trained(make_config, tmp_path, monkeypatch):
+    data, files = of_one_size(tmp_path)
+    contents = [path.read_bytes() for path in files]
+
+    class Swap(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                for path, content in zip(files, contents[30:] + contents[:30], strict=True):
+                    path.write_bytes(content)
+
+    usual = worker.make_trainer
+
+    def make_trainer(*args):
+        trainer = usual(*args)
+        trainer.callbacks.append(Swap())
+        return trainer
+
+    config = make_config("swapped-meanwhile", "local", data_dir=data, epochs=2, image_sizes=[16])
+    make_run_dir("swapped-meanwhile")
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "make_trainer", make_trainer)
+        with pytest.raises(BadPicture, match="holds something else now"):
+            run_here(config)
+    for path, content in zip(files, contents, strict=True):
+        path.write_bytes(content)
+    with pytest.raises(BadPicture, match="or choose another name"):  # what it learned from both can't be mended
+        run_here(config, attempt=2)
+    make_run_dir("not-swapped")
+    assert run_here(make_config("not-swapped", "local", data_dir=data, epochs=2, image_sizes=[16]))[1] == "completed"
 
 
 def test_what_is_not_covered(make_config, tmp_path):

@@ -6,8 +6,8 @@
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
            'read_manifest', 'epoch_steps', 'run_identity', 'make_run_dir', 'create_run', 'sign_lock', 'RunBusy',
            'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows', 'parse_rows', 'all_rows',
-           'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note', 'read_status', 'mend_status',
-           'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
+           'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note', 'best_and_last', 'read_status',
+           'mend_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
@@ -298,6 +298,12 @@ def final_note(run_dir: Path, attempt: int) -> str:
     return next((note for note in reversed(notes) if note == "completed" or note.startswith("stopped: ")), "")
 
 
+def best_and_last(run_dir: Path) -> dict:
+    "Numbers of the best and of the last epoch; {} where none is done."
+    epochs = read_rows(run_dir, "val")
+    return {"best": best_epoch(run_dir), "last": epochs[-1] if epochs else {}}
+
+
 @one_sentence
 def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers."
@@ -305,7 +311,7 @@ def read_status(run_dir: Path) -> dict:
     if status["status"] == "running" and not is_locked(run_dir):
         word, _, reason = final_note(run_dir, len(status["attempts"])).partition(": ")
         gone = "its processes are gone without a word (killed, or the machine went down)"
-        status |= {"status": word or "failed", "reason": reason if word else gone}
+        status |= best_and_last(run_dir) | {"status": word or "failed", "reason": reason if word else gone}
     return status
 
 
@@ -320,9 +326,7 @@ def mend_status(run_dir: Path) -> None:
 
 def write_status(run_dir: Path, **changes) -> None:
     "Change fields of run.json; best and last numbers are taken from metrics.jsonl."
-    epochs = read_rows(run_dir, "val")
-    numbers = {"best": best_epoch(run_dir), "last": epochs[-1] if epochs else {}}
-    write_json(run_dir / "run.json", read_status(run_dir) | numbers | changes)
+    write_json(run_dir / "run.json", read_status(run_dir) | best_and_last(run_dir) | changes)
 
 # %% ../../nbs/run/00_folder.ipynb #code_facts
 def _package() -> Path:

@@ -27,7 +27,7 @@ from typing import Any
 from ..config import Recipe, RunConfig, split_rdzv
 from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
-    RunBusy, all_rows, append_rows, best_epoch, create_run, epoch_steps, final_note, is_locked, load_config, lock_run, make_run_dir,
+    RunBusy, all_rows, append_rows, best_and_last, create_run, epoch_steps, final_note, is_locked, load_config, lock_run, make_run_dir,
     mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
 )  # fmt: skip
 from .hardware import NoAnswer, memory_remedy, oom_kills
@@ -702,10 +702,9 @@ def describe_run(name: str) -> dict:
         config, status = load_config(run_path(name)), read_status(run_path(name))
     except ValueError as error:
         return {"name": name, "status": "damaged", "problem": str(error)}
-    best, last = (row or {} for row in (status.get("best"), status.get("last")))
     if status["status"] == "running":  # run.json is written when an attempt begins and ends
-        rows = read_rows(run_path(name), "val")
-        best, last = best_epoch(run_path(name)), rows[-1] if rows else {}
+        status |= best_and_last(run_path(name))
+    best, last = (row or {} for row in (status.get("best"), status.get("last")))
     steps, written = read_rows(run_path(name), "step"), max(path.stat().st_mtime for path in run_path(name).glob("*.json*"))
     return {
         "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs,

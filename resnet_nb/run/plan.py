@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'WRITTEN_RUN', 'settle_again', 'count_again', 'resolve', 'read_parameters', 'validate_arch',
-           'validate_weights', 'validate', 'machines_line', 'describe', 'open_run']
+           'validate_weights', 'validate', 'machines_line', 'describe', 'table_lines', 'open_run']
 
 # %% ../../nbs/run/05_plan.ipynb #imports
 import os
 import secrets
+import textwrap
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
@@ -218,13 +219,19 @@ def describe(config: RunConfig, train: Index, val: Index) -> dict[str, str]:
         "data": f"{len(train):,} training and {len(val):,} validation pictures of {len(train.classes):,} classes",
         **({"found": train.said} if train.said else {}),
         "network": f"{r.arch}{' with ' * bool(r.arch_args)}{', '.join(f'{k} {v}' for k, v in r.arch_args.items())}{start}{',' * (not r.freeze_epochs)} {many(r.epochs, 'epoch')} of {many(per_epoch, 'step')}, image sizes {' → '.join(str(size) for _, size in size_plan(r))} px",
-        "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatches of at most {r.microbatch_size}, {share}{views}",
+        "step": f"at most {r.global_batch_size:,} pictures: {r.num_microbatches} microbatch{'es' * (r.num_microbatches > 1)} of at most {r.microbatch_size}, {share}{views}",
         "optimizer": f"{r.optimizer}, {r.schedule}, peak learning rate {r.peak_lr:g}, weight decay {r.weight_decay:g}",
         "hardware": f"{config.hw}: {f'{h.nodes} machines with ' * (h.nodes > 1)}{h.devices} x {h.accelerator}, {h.precision}{', compiled' * h.compile}, {many(h.num_workers, 'data worker')} per rank",
         **({"machines": machines_line(config)} if h.nodes > 1 else {}),
         **({"mirror": f"{h.mirror.rstrip('/')}/{config.name}"} if h.mirror else {}),
         **({"changed": ", ".join(f"{name} {value}" for name, value in changed.items())} if changed else {}),
     }
+
+# %% ../../nbs/run/05_plan.ipynb #table_lines
+def table_lines(rows: dict[str, str]) -> list[str]:
+    "Rows as lines for a page or a terminal, which would break the long ones within a word."
+    fill = textwrap.TextWrapper(116, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False).fill
+    return [fill(f"{key:<10} {value}") for key, value in rows.items()]
 
 # %% ../../nbs/run/05_plan.ipynb #open_run
 WRITTEN_RUN = "RESNET_NB_RUN"  # in a kernel's environment: the name of the run that was written for it

@@ -197,13 +197,14 @@ def loaded_line(loaded: dict) -> str:
     )
 
 # %% ../../nbs/run/04_worker.ipynb #check_contents
-SAMPLE = 64  # files that a resume reads again, or those of one step where it has more microbatches
+SAMPLE = 64  # files that are read again, or those of one step where it has more microbatches
 
 
 def check_contents(run_dir: Path, datamodule: ImageNetDataModule, step: int) -> int:
-    "How many files of the steps up to `step` were read again, and hold what they held; BadPicture where one does not."
-    count = -(-SAMPLE // datamodule.config.recipe.num_microbatches)
-    rows = [row for row in read_rows(run_dir, "step") if row["step"] <= step and "content" in row][-count:]
+    "How many files, of steps from `step` back to the first, were read again and hold what they held; BadPicture where one does not."
+    count = max(1, SAMPLE // datamodule.config.recipe.num_microbatches)
+    rows = [row for row in read_rows(run_dir, "step") if row["step"] <= step and "content" in row]
+    rows = rows[:: -max(1, len(rows) // count)][:count]
     for row in rows:
         first = [keys[0].index for keys in datamodule.step_keys(row["step"] - 1)]
         content = sum(content_digest(datamodule.train_index, i) for i in first)
@@ -329,6 +330,8 @@ def _fit(run_dir: Path, attempt: int, trainer: L.Trainer, module: ResNetModule, 
         error.add_note(f"in epoch {epoch + 1}, with pictures of {size_at(recipe, epoch)} px")
         raise
     if is_first(trainer):
+        if outcome == "completed":
+            check_contents(run_dir, datamodule, trainer.global_step)
         _note_end(run_dir, trainer, attempt, outcome)
     return outcome
 
@@ -362,7 +365,7 @@ def _train(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) 
     elif checkpoint:
         say(f"▶️ Resumes from {checkpoint.name}: epoch {step // steps_per_epoch + 1}, step {step % steps_per_epoch} of {steps_per_epoch}")
         if first:
-            say(f"🔍 {check_contents(run_dir, datamodule, step)} files of its last steps hold what they held")
+            say(f"🔍 {check_contents(run_dir, datamodule, step)} files of its steps hold what they held")
     join_ranks(config)
     if peers and checkpoint:
         checkpoint = share_checkpoint(peers, run_dir, checkpoint, files, int(config.hardware.devices))

@@ -17,6 +17,7 @@ from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import all_rows, code_facts, is_locked, read_status
 
 COMMAND = str(Path(sys.executable).with_name("resnet-nb"))
+TRAIN = Path(__file__).parents[2] / "nbs/train.ipynb"
 SHORT = SMALL | {"epochs": 2, "image_sizes": [16, 24], "num_workers": 1}
 LIMIT = 240  # s that a command may take; a hang is longer
 ROLES = {  # words in the command line of a process
@@ -40,11 +41,12 @@ def is_rank(process: psutil.Process) -> bool:
 class Case:
     """One run in a home of its own, with what happened to it."""
 
-    def __init__(self, home: Path, data: Path, name: str = "run", **overrides):
+    def __init__(self, home: Path, data: Path, name: str = "run", plain: bool = False, **overrides):
         self.home, self.name, self.command = home, name, None
         home.mkdir(parents=True, exist_ok=True)
         wish = {"overrides": SHORT | overrides, "data_dir": str(data), "recipe": "digits", "hw": "cpu2", "numerics": "exact"}
-        self.words = [COMMAND, "train", "-r", "name", name, "-y", json.dumps(wish)]
+        page = [str(Path(COMMAND).with_name("papermill")), str(TRAIN), str(home / "plain.ipynb")]  # without our command around it
+        self.words = [*(page if plain else [COMMAND, "train"]), "-r", "name", name, "-y", json.dumps(wish)]
         self.seen = {}  # what the table of faults shows
 
     @contextlib.contextmanager
@@ -107,8 +109,8 @@ class Case:
         return list(found.values())
 
     def process(self, role: str) -> psutil.Process:
-        """The process of a role: command, kernel, supervisor, torchrun, rank 0, rank 1, data worker (of rank 0)."""
-        if role == "command":
+        """The process of a role: command (papermill where there is no other), kernel, supervisor, torchrun, rank 0, rank 1, data worker (of rank 0)."""
+        if role in ("command", "papermill"):
             return psutil.Process(self.command.pid)
         if role == "data worker":
             return next(child for child in self.process("rank 0").children() if child.status() != psutil.STATUS_ZOMBIE)

@@ -1,5 +1,6 @@
 """What happens to the files of a stopped run, its pictures and its surroundings: the command says so, changes nothing it shouldn't, and completes the run."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -229,6 +230,32 @@ def test_pictures_that_change_in_training(damage, code, data, reference, tmp_pat
         case.completes(reference)
 
 
+@EVERY
+def test_pictures_that_are_swapped_in_training(data, reference, tmp_path):
+    """Nothing but another run is right then: steps were made of both."""
+    own = shutil.copytree(data, tmp_path / "pictures")
+    for path in (own / "train").rglob("*.png"):
+        path.write_bytes(path.read_bytes().ljust(2000, b"\0"))  # what follows a PNG's end is not read
+    case, other = Case(tmp_path / "home", own), Case(tmp_path / "home", own, name="another")
+    with case.recorded("pictures", "pictures swapped in training, of the same names and sizes"):
+        case.start("data wait")
+        case.wait_here()
+        files = sorted((own / "train").rglob("*.png"))
+        contents = [path.read_bytes() for path in files]
+        for path, content in zip(files, contents[30:] + contents[:30], strict=True):
+            path.write_bytes(content)
+        case.go()
+        code = case.end()
+        case.seen |= {"code": code, "status": case.status()["status"], "attempts": len(case.starts()), "again": 0}
+        assert code == 3 and "was trained on other pictures of the same names and sizes" in case.said(), case.said()
+        for path, content in zip(files, contents, strict=True):
+            path.write_bytes(content)
+        assert case.again() == 3 and "choose another name" in case.said(), case.said()
+        assert other.again() == 0, other.said()
+        case.seen["same"] = tensors(other.run_dir) == tensors(reference)
+        assert case.seen["same"]
+
+
 # the system around it
 SYSTEM = {
     "files may hold 40 MB at most": (["bash", "-c", 'ulimit -f 40000; exec "$@"', "-"], {5}, "raise the limit (ulimit -f)"),
@@ -251,6 +278,17 @@ def test_a_system_that_refuses(prefix, codes, words, reference, data, tmp_path, 
         case.completes(reference)
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path):
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 FULL = {"in a step": "step", "in validation": "validation", "while a checkpoint is written": "checkpoint write"}
 
 
@@ -258,11 +296,7 @@ FULL = {"in a step": "step", "in validation": "validation", "while a checkpoint 
     "phase", some({f"the disk is full {when}": (phase,) for when, phase in FULL.items()}, "the disk is full while a checkpoint is written")
 )
 def test_a_full_disk(phase, reference, data, tmp_path, request):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700m", "none", str(disk)], capture_output=True).returncode:
-        pytest.skip("no small disk can be mounted here")
-    try:
+    with small_disk(tmp_path / "disk") as disk:
         case = Case(disk, data)
         with case.recorded("system", request.node.callspec.id):
             case.start(phase)
@@ -277,8 +311,47 @@ def test_a_full_disk(phase, reference, data, tmp_path, request):
             assert case.seen["status"] == "failed"
             (disk / "filler").unlink()
             case.completes(reference)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@EVERY
+@pytest.mark.parametrize("what", ["before it starts", "between stop and resume"])
+def test_a_folder_that_can_only_be_read(what, base, reference, data, tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+        case = Case(tmp_path / "home", data)
+        if what != "before it starts":
+            shutil.copytree(base.home / "runs", disk / "runs")
+        case.home = disk
+        with case.recorded("system", f"the home can only be read {what}"):
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+            ended = subprocess.run(case.words, env=os.environ | {"RESNET_NB_HOME": str(disk)}, capture_output=True, text=True)
+            case.seen |= {"code": ended.returncode, "status": "", "attempts": 0, "left": 0}
+            assert ended.returncode == 2 and str(disk) in ended.stderr and "Traceback" not in ended.stderr, ended
+            subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+            case.completes(reference)
+
+
+@EVERY
+@pytest.mark.parametrize("what", ["renamed", "copied"])
+def test_the_folder_in_training(what, data, reference, tmp_path):
+    case = Case(tmp_path / "home", data)
+    with case.recorded("files", f"the run's folder {what} in training"):
+        case.start("step")
+        case.wait_here()
+        other = case.home / "runs/other"
+        (case.run_dir.rename if what == "renamed" else lambda to: shutil.copytree(case.run_dir, to))(other)
+        case.go()
+        code = case.end()
+        case.seen |= {"code": code, "attempts": 1}
+        if what == "renamed":
+            assert code not in (0, 75) and "renamed" in case.said() and "Traceback" not in case.said(), case.said()
+            shutil.rmtree(case.run_dir, ignore_errors=True)
+            other.rename(case.run_dir)
+        else:
+            assert code == 0, case.said()
+            copy = Case(case.home, data, name="other")
+            assert copy.again() == 0 and tensors(other) == tensors(reference), copy.said()
+        case.seen["status"] = case.status()["status"]
+        case.completes(reference)
 
 
 @EVERY
@@ -341,6 +414,36 @@ def test_run_names(name, data, tmp_path, request):
         case.seen |= {"code": code, "status": "", "attempts": 0}
         assert code == 2 and "Traceback" not in case.said() and "name" in case.said(), case.said()
         assert not list((tmp_path / "home").rglob("config.json")) and not list(tmp_path.rglob("x"))
+
+
+HOSTILE = "it's $(touch x) <img src=x onerror=alert(1)> $x^{$ {name} %s [ab]* ?#&;:: \\t \"\n🐈"
+
+
+@EVERY
+def test_folder_names(data, reference, tmp_path):
+    own = shutil.copytree(data, tmp_path / f"pictures {HOSTILE}")
+    case = Case(tmp_path / f"home {HOSTILE}", own)
+    with case.recorded("names", "home and pictures in folders with quotes, lines, formulas, tags"):
+        code = case.again()
+        case.seen |= {"code": code, "status": case.status()["status"], "attempts": len(case.starts())}
+        assert code == 0 and "Traceback" not in case.said(), case.said()
+        assert not list(tmp_path.rglob("x")) and not Path("x").exists()
+        case.completes(reference)
+
+
+@EVERY
+def test_file_names(data, reference, tmp_path):
+    own = shutil.copytree(data, tmp_path / "pictures")
+    names = [*CLASSES, HOSTILE.encode()]
+    for number, path in enumerate(sorted((own / "train").rglob("*.png"))):  # behind what they were called, so that all keep their order
+        path.rename(Path(os.fsdecode(bytes(path.with_suffix("")) + names[number % len(names)] + b".png")))
+    case = Case(tmp_path / "home", own)
+    with case.recorded("names", "pictures with quotes, lines, formulas, tags, bytes in their names"):
+        code = case.again()
+        case.seen |= {"code": code, "status": case.status()["status"], "attempts": len(case.starts())}
+        assert code == 0 and "Traceback" not in case.said(), case.said()
+        assert not list(tmp_path.rglob("x")) and not Path("x").exists()
+        case.completes(reference)
 
 
 @EVERY
