@@ -552,7 +552,10 @@ def _data_page(name: str, config: RunConfig, **parameters) -> None:
     "Execute a page about a run that is not begun, into the folder of what is known of its data."
     page = cache_dir(config.data_dir) / name
     page.parent.mkdir(parents=True, exist_ok=True)
-    given = config.parameters.model_dump() | {"data_dir": config.data_dir, "recipe": config.parameters.recipe or config.recipe_name}
+    given = config.parameters.model_dump(exclude={"nodes", "rdzv"}) | {
+        "data_dir": config.data_dir,
+        "recipe": config.parameters.recipe or config.recipe_name,
+    }
     make_page(notebook(name), page, given | parameters)
     click.echo(f"page: {_shown(page)}")
 

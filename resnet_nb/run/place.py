@@ -83,6 +83,7 @@ def _is_bucket(files: Any) -> bool:
 
 def open_place(url: str, name: str) -> Place:
     "Where the run `name` lies below `url`; ValueError for a folder that can't be meant, and where a package is missing. Nothing is read yet."
+    from fsspec import filesystem
     from fsspec.core import url_to_fs
     from fsspec.registry import known_implementations as known
 
@@ -91,9 +92,10 @@ def open_place(url: str, name: str) -> Place:
         raise ValueError(f"mirror={url!r}: needs a URL, such as s3://bucket/runs, or the absolute path of a folder")
     if separator and protocol.partition("::")[0] not in known:
         raise ValueError(f"mirror={url!r}: there is no store {protocol!r}; {nearest(protocol, known)}")
+    whole = f"{url}{'' if url.endswith('/') else '/'}{name}"
     with told(url):
         try:
-            files, root = url_to_fs(f"{url}{'' if url.endswith('/') else '/'}{name}")
+            files, root = url_to_fs(whole) if separator else (filesystem("file"), whole)  # in a path of ours :: is no chain of stores
         except ImportError as error:
             package = known[protocol]["class"].partition(".")[0]
             remedy = f"{sys.executable} -m pip install {package}" if package != "fsspec" else f"install it: {error}"
