@@ -66,4 +66,5 @@ def test_a_killed_rank_says_what_the_kernel_counts(ended, monkeypatch, counted):
         assert "memory was used up, and the kernel killed a rank: lower num_workers (now 2 per rank)" in str(failure) and failure.code == 5
     else:
         assert "a rank was killed by SIGKILL (exit code -9)" in str(failure) and failure.code == 1
+        assert "starts it again (logs: " in str(failure) and "\n" not in str(failure)  # no traceback of torchrun
         assert ("the kernel did not do it for want of memory" in str(failure)) == (counted == 0)
