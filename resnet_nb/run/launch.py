@@ -450,6 +450,17 @@ def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
 
+def _pace(recipe: Recipe, per_epoch: int, first: int, step: int, seconds: float) -> str:
+    "What follows from the `seconds` that the steps after `first` up to `step` took; empty where there are none."
+    work = functools.partial(pixels_before, recipe, per_epoch)
+    done = work(step) - work(first)
+    if not done or not seconds:
+        return ""
+    epoch, speed = step // per_epoch, (step - first) * recipe.global_batch_size / seconds
+    left = [seconds / done * (work(end * per_epoch) - work(step)) for end in (epoch + 1, recipe.epochs)]
+    return f", {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
+
+
 def _stage(run_dir: Path) -> str:
     "What a run is at before its ranks are about to train: they write logs from the time on at which all modules are imported."
     with contextlib.suppress(DamagedFile):
@@ -500,14 +511,9 @@ class Progress:
         epoch, into = divmod(self.step, self.per_epoch)
         if epoch == self.recipe.epochs:
             return "all steps are done"
-        work = functools.partial(pixels_before, self.recipe, self.per_epoch)
-        said, (since, first) = f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}", self.since
-        seconds, done = self.clock() - since, work(self.step) - work(first)
-        if not done or not seconds:
-            return said
-        left = [seconds / done * (work(end * self.per_epoch) - work(self.step)) for end in (epoch + 1, self.recipe.epochs)]
-        speed = (self.step - first) * self.recipe.global_batch_size / seconds
-        return f"{said}, {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
+        since, first = self.since
+        pace = _pace(self.recipe, self.per_epoch, first, self.step, self.clock() - since)
+        return f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}{pace}"
 
 # %% ../../nbs/run/06_launch.ipynb #details
 def _details(run_dir: Path, attempt: int) -> str:
