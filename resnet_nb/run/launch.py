@@ -461,8 +461,10 @@ def _pace(recipe: Recipe, per_epoch: int, first: int, step: int, seconds: float)
     return f", {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
 
 
-def _stage(run_dir: Path) -> str:
-    "What a run is at before its ranks are about to train: they write logs from the time on at which all modules are imported."
+def _stage(run_dir: Path, per_epoch: int) -> str:
+    "What a run is at before its first step: ranks write logs from the time on at which all modules are imported, and say `per_epoch` when they have the data."
+    if per_epoch:
+        return f"the first step is under way, {per_epoch:,} make an epoch"
     with contextlib.suppress(DamagedFile):
         if any((run_dir / "logs").glob(f"attempt-{len(read_status(run_dir)['attempts'])}-rank-*.log")):
             return "reading the data"
@@ -499,9 +501,7 @@ class Progress:
     @property
     def stage(self) -> str:
         "What is under way before this attempt's first step is done; empty after it."
-        if self.since:
-            return ""
-        return f"the first step is under way, {self.per_epoch:,} make an epoch" if self.per_epoch else _stage(self.run_dir)
+        return "" if self.since else _stage(self.run_dir, self.per_epoch)
 
     def __str__(self) -> str:
         if stage := self.stage:
