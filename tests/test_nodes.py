@@ -194,6 +194,8 @@ def test_two_hosts_make_the_bits_of_one_through_a_cut_and_a_stop(network, config
     assert "2 meet at 10.77.0.1:29417, this one leads" in said[0] and "this one follows, in cut@two" in said[1]
     assert [process.returncode for process in again] == [0, 0]
     assert [read_status(folder)["status"] for folder in folders] == ["completed"] * 2
+    leaders = [read_json(folder / "manifest.json")["attempts"][-1]["leader"] for folder in folders]
+    assert leaders == [{"host": "one", "attempt": len(read_status(folders[0])["attempts"])}] * 2
     assert f"Resumes from {stopped_at}" in (folders[1] / "logs" / "attempt-3-rank-2.log").read_text()
     assert tensors(folders[0]) == tensors(alone)
     assert rows(folders[0]) == rows(folders[1]) == rows(alone)  # each host has the whole record, and only the leader checkpoints

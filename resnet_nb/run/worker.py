@@ -292,21 +292,19 @@ CODE = (  # modules that decide what a rank does in a step
 )  # fmt: skip
 
 
-def agree_with(peers: Peers, config: RunConfig, devices: dict, data: dict, checkpoint: Path | None) -> tuple[Path | None, dict, str]:
-    """The checkpoint of the machine that leads, the files of its manifest, and a warning where the machines round differently.
+def agree_with(peers: Peers, config: RunConfig, attempt: int, devices: dict, data: dict, checkpoint: Path | None) -> tuple[dict, str]:
+    """What the machine that leads says (host, number of its attempt, checkpoint, files of that), and a warning where the machines round differently.
 
     Raises ValueError, on all ranks, where they can't train together."""
     where = config.hardware.model_dump(include={"nodes", "devices", "accelerator", "precision"})
     run = {name: value for name, value in (run_identity(config) | where).items() if name != "weights"}  # a path; its content is compared
     mine = {
-        "host": peers.host, "leads": config.leads, "code": {"sha256 of the code": code_sha256(*CODE)}, "run": run,
+        "host": peers.host, "leads": config.leads, "attempt": attempt, "code": {"sha256 of the code": code_sha256(*CODE)}, "run": run,
         "data": data, "numerics_class": devices.get("numerics_class", {}),
         "checkpoint": str(checkpoint) if checkpoint else "", "files": read_json(checkpoint / "MANIFEST.json")["files"] if checkpoint else {},
     }  # fmt: skip
     facts = peers.exchange("facts", mine)
-    warning = agree(facts, config.numerics == "exact")
-    found = facts[0]["checkpoint"]
-    return Path(found) if found else None, facts[0]["files"], warning
+    return facts[0], agree(facts, config.numerics == "exact")
 
 
 def start_together(peers: Peers, loaded: dict | None) -> None:
@@ -347,7 +345,9 @@ def _train(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) 
     devices = device_facts(config, config.hardware.accelerator) | {"inspection": datamodule.inspection} if first else {}
     data, files, differ = data_facts(datamodule) if first else {}, {}, ""
     if peers:
-        checkpoint, files, differ = agree_with(peers, config, devices, data, checkpoint)
+        lead, differ = agree_with(peers, config, attempt, devices, data, checkpoint)
+        checkpoint, files = Path(lead["checkpoint"]) if lead["checkpoint"] else None, lead["files"]
+        devices |= {"leader": {name: lead[name] for name in ("host", "attempt")}}  # each machine counts its own attempts
     classes = datamodule.num_classes
     module = ResNetModule(config, classes, steps_per_epoch, np.bincount(datamodule.train_index.labels, minlength=classes))
     loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
