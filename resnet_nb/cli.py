@@ -397,8 +397,8 @@ def _raise_ending(run_dir: Path, problem: BaseException, begun: bool, mended: bo
         raise problem
     if status["status"] == "completed" and (kind == "DeadKernelError" or mended and isinstance(problem, OSError | DiskFull)):
         return
-    if kind in MENDED:
-        raise MENDED[kind](said)
+    if error := _mended(kind):
+        raise error(said)
     raise launch.RunFailed(f"{kind}: {said}")
 
 # %% ../nbs/90_cli.ipynb #detached

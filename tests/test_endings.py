@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
+from resnet_nb.data.index import BadPicture
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
@@ -88,3 +89,20 @@ def test_of_a_run_whose_folder_is_renamed_it_is_said_that_it_is_gone(make_config
     with monkeypatch.context() as patch, lock_run(run_dir), pytest.raises(launch.RunFailed, match=gone):
         patch.setattr(papermill, "execute_notebook", lambda *args, **how: rename() and (run_dir / "train.ipynb").write_text(""))
         cli._train_in_notebook(run_dir, cli.notebook("train.ipynb"))
+
+
+@pytest.mark.parametrize(
+    "reported, kind",
+    [("RunBusy", ValueError), ("FileNotFoundError", ValueError), ("BadPicture", BadPicture), ("KeyError", launch.RunFailed)],
+)
+def test_a_command_ends_as_what_its_notebook_reports(make_config, reported, kind):
+    from resnet_nb import cli
+
+    class Reported(Exception):
+        """As papermill tells of an error in a cell."""
+
+        ename, evalue = reported, "what it said"
+
+    run_dir = create_run(make_config(f"reports-{reported}", "local"))
+    with pytest.raises(kind, match="what it said"):
+        cli._raise_ending(run_dir, Reported(), begun=False, mended=False)

@@ -20,7 +20,7 @@ from ..data.splits import prepare_data
 from ..files import read_json, write_json
 from .folder import read_rows
 from .hardware import Check
-from .launch import CODES, _environment, command, duration
+from .launch import CODES, rank_environment, command, duration
 from .plan import resolve
 from ..schedule import size_plan
 
@@ -43,7 +43,7 @@ def tried(config: RunConfig, module: str, *more: str, **variables: str) -> Itera
             (run_dir / name).mkdir()
         write_json(run_dir / "config.json", config.model_dump(mode="json"))
         (private := run_dir / "private").mkdir(mode=0o700)
-        words, environment = command(run_dir, config.world_size, private, module, *more), _environment(1, config.world_size) | variables
+        words, environment = command(run_dir, config.world_size, private, module, *more), rank_environment(1, config.world_size) | variables
         with open(run_dir / "logs" / "trial.log", "w", encoding="utf-8") as log:
             ranks = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
             try:
