@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from .bars import progress
 from resnet_nb.config import (
-    HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, as_yaml, checked, hardware_lines, nearest, parameter_hint, parse_yaml,
+    HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, as_yaml, checked, given_path, hardware_lines, nearest, parameter_hint, parse_yaml,
     read_recipe, recipe_lines,
 )  # fmt: skip
 from .data.index import BadPicture, cache_dir
@@ -54,7 +54,7 @@ TEXT = {name for name, field in Parameters.model_fields.items() if field.annotat
 def _text(path: str) -> str:
     "What a file says; ValueError where it can't be read as text."
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+        return given_path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"file {path!r} can't be read: {error}") from None
 
@@ -599,9 +599,9 @@ def evaluate(run, as_json, page, **given):
     "Judge the checkpoint of RUN: numbers with 95 % intervals, and a table of its answers, in the run's folder."
     from resnet_nb.results import evaluate as results
 
-    file = Path(run).expanduser()
+    file = given_path(run)
     run = str(_find_run(run)) if not given["arch"] else str(file.resolve()) if file.exists() else run
-    given["data_dir"] = given["data_dir"] and str(Path(given["data_dir"]).expanduser().resolve())
+    given["data_dir"] = given["data_dir"] and str(given_path(given["data_dir"]).resolve())
     if as_json or not page:
         numbers = results.evaluate(run, **given).numbers
         lines = results.number_lines(numbers)

@@ -7,7 +7,7 @@ __all__ = ['OTHER_WORDS', 'Called', 'Model', 'Size', 'Share', 'Positive', 'Count
            'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked',
            'as_table', 'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices',
            'Hardware', 'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig',
-           'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
+           'given_path', 'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -593,6 +593,11 @@ class RunConfig(Strict):
             raise ValueError(_shared_unevenly(self.recipe.num_microbatches, int(self.hardware.devices), self.hardware.nodes))
         return self
 
+# %% ../nbs/00_config.ipynb #given_path
+def given_path(path: str | Path) -> Path:
+    "A path as a person gives it: ~ is their home; that of nobody is a name like others."
+    return Path(os.path.expanduser(path))
+
 # %% ../nbs/00_config.ipynb #parse_yaml
 HALVES = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w")  # of a character, as JSON writes a cat; YAML would take them for two
 
@@ -629,7 +634,7 @@ def read_recipe(
     "A recipe by name or from a file; ValueError where there is none, or it is not one."
     if name in RECIPES:
         return name, RECIPES[name], ""
-    path = Path(name).expanduser()
+    path = given_path(name)
     if path.suffix.lower() not in (".yaml", ".yml") and not path.is_file():
         raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)} (a recipe of your own is a file, NAME.yaml)")
     where = f"recipe file {str(path)!r}"
@@ -651,9 +656,7 @@ def read_recipe(
         raise ValueError(f"{where}: {other!r} says where a run takes place, not what it learns; put it into overrides: {{{other}: …}}")
     try:
         start, base_sha256 = read_recipe(
-            str(path.parent / Path(base).expanduser())
-            if base not in RECIPES and (path.parent / Path(base).expanduser()).is_file()
-            else base,
+            str(path.parent / given_path(base)) if base not in RECIPES and (path.parent / given_path(base)).is_file() else base,
             (*seen, path.resolve()),
         )[1:]
         recipe = checked(Recipe, start.model_dump(exclude={"expected_acc"}) | values)
@@ -666,6 +669,6 @@ def read_recipe(
 def project_root() -> Path:
     "Folder of runs/ and data/: $RESNET_NB_HOME, else the checkout of this package, else the current folder."
     if home := os.environ.get("RESNET_NB_HOME"):
-        return Path(home).expanduser().resolve()
+        return given_path(home).resolve()
     checkout = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
     return checkout if (checkout / "settings.ini").exists() else Path.cwd()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import project_root
+from ..config import given_path, project_root
 
 # %% ../../nbs/data/00_index.ipynb #Mapped
 FIELDS = ("root", "layout", "classes", "titles", "containers", "said", "unread")
@@ -254,7 +254,7 @@ VERSION = 3  # of what is kept; an index of another version is built anew
 
 def cache_dir(data_dir: str | Path) -> Path:
     "Folder of what this project knows about a data set: its index, and what an inspection found."
-    data_dir = Path(os.path.expanduser(data_dir)).resolve()
+    data_dir = given_path(data_dir).resolve()
     return project_root() / "data" / "cache" / f"{data_dir.name}-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:8]}"
 
 

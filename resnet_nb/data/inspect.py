@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..config import one_sentence
+from ..config import given_path, one_sentence
 from .formats import damaged_parts, is_imagenet, is_picture
 from .index import Index, cache_dir, fingerprint, in_parallel
 from resnet_nb.data.splits import (
@@ -214,7 +214,7 @@ def compare_with_imagenet(splits: dict[str, dict], known: dict = IMAGENET) -> di
 # %% ../../nbs/data/04_inspect.ipynb #inspect_data
 def inspect_data(data_dir: str | Path) -> dict:
     "Inspect the data, write inspection.json, and return the report; ValueError where there is no data set."
-    data_dir, folder = Path(os.path.expanduser(data_dir)).resolve(), cache_dir(data_dir)
+    data_dir, folder = given_path(data_dir).resolve(), cache_dir(data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".inspection-{os.getpid()}.json"
     partial.touch()  # where nothing can be written, fail now and not at the end

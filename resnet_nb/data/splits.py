@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import project_root
+from ..config import given_path, project_root
 from .formats import Found, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
 from .index import Index, cache_dir, fingerprint, in_parallel, keep_index, kept_index
 from ..files import read_json
@@ -34,7 +34,7 @@ FOLDERS = {"digits": "digits", "imagenette": "imagenette2-320", "imagenet": "ima
 def find_data_dir(dataset: str, data_dir: str = "") -> Path:
     "Where the pictures of `dataset` are looked for: as given, else in $DATASET_DIR (such as $IMAGENET_DIR), else in the project's data/."
     given = data_dir or os.environ.get(f"{dataset.upper()}_DIR", "")
-    return Path(given).expanduser().resolve() if given else project_root() / "data" / FOLDERS[dataset]
+    return given_path(given).resolve() if given else project_root() / "data" / FOLDERS[dataset]
 
 # %% ../../nbs/data/02_splits.ipynb #make_digits
 def make_digits(data_dir: Path) -> None:
@@ -112,7 +112,7 @@ def spelling_problem(train: Iterable[str], val: Iterable[str]) -> str:
 # %% ../../nbs/data/02_splits.ipynb #whole_data
 def list_data(data_dir: str | Path) -> Found:
     "List the data itself, whatever is kept, and keep its indexes where they can serve a run."
-    data_dir, now = Path(os.path.expanduser(data_dir)).absolute(), time.time()
+    data_dir, now = given_path(data_dir).absolute(), time.time()
     found = find_pictures(data_dir)
     if found.train.classes == found.val.classes and not spelling_problem(found.train.classes, found.val.classes):
         keep_index(data_dir, {"train": found.train, "val": found.val}, found.watched, now)
@@ -312,7 +312,7 @@ def load_data(
 # %% ../../nbs/data/02_splits.ipynb #test_data
 def test_data(data_dir: str | Path) -> Index:
     "Index of the class folders for testing in `data_dir`; ValueError where there are none."
-    inside = Path(os.path.expanduser(data_dir)).absolute()
+    inside = given_path(data_dir).absolute()
     while not (splits := find_splits(inside)) and len(names := folders_in(inside)) == 1:
         inside = inside / names[0]
     if "test" not in splits:

@@ -28,7 +28,7 @@ from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Parameters, RunConfig, one_sentence
+from ..config import Parameters, RunConfig, given_path, one_sentence
 from ..data.formats import is_picture
 from ..data.index import BadPicture, Index, cache_dir
 from ..data.splits import load_data, test_data, whole_data
@@ -77,7 +77,7 @@ def load_network(
 ) -> nn.Module:
     "The network of a run in eval(), on the CPU, with `.classes` and `.preprocess`; ValueError where there is none."
     if arch:
-        return _load_plain(os.path.expanduser(run), arch)
+        return _load_plain(str(given_path(run)), arch)
     run_dir = find_run(str(run))
     if run_dir is None:
         raise ValueError(
@@ -355,7 +355,7 @@ def table_ending(path: Path) -> str:
 @one_sentence
 def write_table(table: pa.Table, path: Path) -> None:
     "Write a table as the ending of `path` says, .csv or .parquet, in one step; ValueError where it says neither."
-    write_file(Path(os.path.expanduser(path)), table_bytes(table, table_ending(path)))
+    write_file(given_path(path), table_bytes(table, table_ending(path)))
 
 # %% ../../nbs/results/01_evaluate.ipynb #paired
 @one_sentence
@@ -419,7 +419,7 @@ def pick_runs(runs: Iterable[str]) -> list[Path]:
 def find_files(places: Iterable[str | Path]) -> list[Path]:
     "The files among `places`, and the pictures in and below the folders among them; ValueError where there are none."
     found = []
-    for place in map(Path, map(os.path.expanduser, places)):
+    for place in map(given_path, places):
         if place.is_dir():
             found += sorted(path for path in place.rglob("*") if is_picture(os.fsencode(path.name)) and path.is_file())
         elif place.exists():

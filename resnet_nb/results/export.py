@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..config import Recipe, nearest, one_sentence
+from ..config import Recipe, given_path, nearest, one_sentence
 from ..data.index import Index
 from ..data.transforms import load_eval
 from ..files import read_json, write_file, write_json
@@ -146,7 +146,7 @@ def export(
     config = load_config(run_dir)
     pixels = _some_images(network, find_split(config, "val", data_dir))
     program, images = (TakesPixels(network).eval(), pixels) if pixels_in else (network, normalised(pixels))
-    folder = Path(os.path.expanduser(out)) if out else run_dir / "export"
+    folder = given_path(out) if out else run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
     wanted, done = program(images).numpy(), []
     about = {

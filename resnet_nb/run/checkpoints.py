@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config import given_path
 from ..files import DamagedFile, free_bytes, no_room, read_json, told_if_full, write_file, write_json
 from .folder import run_path, utc_now
 
@@ -154,7 +155,7 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 def find_run(name: str) -> Path | None:
     "The folder of a run, given by name or by path; None where there is none."
-    found = [path for path in (run_path(name), Path(name).expanduser()) if (path / "config.json").exists()]
+    found = [path for path in (run_path(name), given_path(name)) if (path / "config.json").exists()]
     return found[0].resolve() if found else None
 
 

@@ -24,6 +24,7 @@ from resnet_nb.config import (
     Recipe,
     RunConfig,
     checked,
+    given_path,
     nearest,
     one_sentence,
     parameter_hint,
@@ -120,8 +121,8 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
         raise ValueError(f"unknown field {unknown[0]!r} in overrides; {nearest(unknown[0], fields)}")
 
     recipe = _overridden(Recipe, recipe, p.overrides)
-    if Path(recipe.weights).expanduser().is_file() or "/" in recipe.weights:  # ranks may work in another folder
-        recipe = recipe.model_copy(update={"weights": str(Path(recipe.weights).expanduser().resolve())})
+    if given_path(recipe.weights).is_file() or "/" in recipe.weights:  # ranks may work in another folder
+        recipe = recipe.model_copy(update={"weights": str(given_path(recipe.weights).resolve())})
     if recipe.dataset == "photos" and not (p.data_dir or os.environ.get("PHOTOS_DIR")):
         raise ValueError(f"recipe {recipe_name} is for pictures of your own; say where they are, with -p data_dir DIR or $PHOTOS_DIR")
     stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # two may start in one second
