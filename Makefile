@@ -36,13 +36,13 @@ tensorboard: setup  # show the curves of all runs side by side
 	  link="$$links/$$(basename "$${run%/tensorboard}")"; [ -e "$$link" ] || [ ! -d "$$run" ] || ln -s "$$PWD/$$run" "$$link"; \
 	done; sleep 5; done & $(BIN)/tensorboard --logdir "$$links"
 
-# two things at a time, with one thread each: threads of two that share a core wait for each other
+# one thread each: threads of two that share a core wait for each other; tests often wait, so that three of them keep two cores busy
 test: export OMP_NUM_THREADS = 1
 test: setup  # every notebook from top to bottom, types, style, then all tests
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && TMPDIR="$$folder" $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/mypy
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n 2 --dist loadfile  # two at a time, a file of tests each
+	$(BIN)/python -m pytest -n 3 --dist loadfile  # a file of tests each
 
 # make test-fast nb=nbs/data/06_sampler.ipynb; without nb, all notebooks that differ from the last commit
 test-fast: setup  # the notebooks that were changed, then the quick tests

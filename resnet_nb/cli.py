@@ -491,11 +491,13 @@ def runs(as_json):
     for run in found:
         best = "" if run.get("best") is None else f"best {run['best']:.2%}"
         far = (
-            f"epoch {run['epoch']}/{run['epochs']}  step {run['step']:<7,}  {best:<12}  {run['recipe']} on {run['hw']}, {launch.duration(run['age'])} ago{', ' * bool(run['mirror'])}{run['mirror']}"
+            f"epoch {run['epoch']}/{run['epochs']}  step {run['step']:<7,}  {best:<12}  {run['recipe']} on {run['hw']}, {launch.duration(run['age'])} ago"
             if "epochs" in run
             else run["problem"]
         )
         click.echo(f"{run['name']:<{width}}  {run['status']:<9}  {far}")
+        if run.get("mirror"):
+            click.echo(f"{'':<{width}}  {run['mirror']}")
     if not found:
         click.echo("there are no runs yet; resnet-nb train begins one")
 
