@@ -31,7 +31,7 @@ from resnet_nb.run.folder import (
     RunBusy, all_rows, append_rows, best_and_last, create_run, epoch_steps, final_note, is_locked, load_config, lock_run, make_run_dir,
     mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
 )  # fmt: skip
-from .hardware import NoAnswer, memory_remedy, oom_kills
+from .hardware import NO_MEMORY, NoAnswer, memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
 from .nodes import interface_to, meeting
 from .place import open_place, sign_off
@@ -167,6 +167,8 @@ def _failure_kind(run_dir: Path, attempt: int, world_size: int, exit_code: int, 
     if oom and (killed or lost_worker):
         what = "a data worker" if lost_worker else who
         return "MemoryKill", f"memory was used up, and the kernel killed {what}: {memory_remedy(load_config(run_dir))}"
+    if not error and (said := NO_MEMORY.search(launcher)):  # before a rank could report it
+        return "OutOfMemoryError", f"memory is used up ({said[0]}): {memory_remedy(load_config(run_dir))}"
     if killed:
         counted = "" if oom is None or killed[0] != -signal.SIGKILL else "; the kernel did not do it for want of memory"
         return "Kill", f"{who} was killed by {signal.Signals(-killed[0]).name} (exit code {killed[0]}){counted}"
