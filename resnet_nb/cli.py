@@ -649,7 +649,7 @@ def compare(runs, as_json, split):
     from resnet_nb.results.plots import beside, plot_runs, save_figure
 
     runs = results.pick_runs(map(str, runs))
-    differs, judged = what_differs(*runs), [results.evaluate(run, split) for run in runs]
+    differs, judged = what_differs(*runs), [results.evaluate(run, split, kept=False) for run in runs]
     others = [
         {"run": run.name, "paired": results.paired(judged[0], one), "parts": first_difference_lines(runs[0], run)}
         for run, one in zip(runs[1:], judged[1:])
@@ -706,10 +706,11 @@ def recipes(context, as_json):
 @recipes.command("show")
 @click.argument("name")
 @JSON
-def show_recipe(name, as_json):
+@click.pass_context
+def show_recipe(context, name, as_json):
     "Print recipe NAME as a YAML file: keep `base:` and the lines that should differ, and train with -p recipe FILE."
     _, recipe, _ = read_recipe(name)
-    if as_json:
+    if as_json or context.parent.params["as_json"]:
         click.echo(json.dumps(recipe.model_dump(), indent=2))
         return
     click.echo(as_yaml(recipe, base=name if name in RECIPES else next(iter(RECIPES))), nl=False)
@@ -728,10 +729,12 @@ def hw(context, as_json):
 @hw.command("show")
 @click.argument("name")
 @JSON
-def show_hardware(name, as_json):
+@click.pass_context
+def show_hardware(context, name, as_json):
     "Print hardware profile NAME, whose fields are changed with -y '{overrides: {FIELD: VALUE}}'."
     if name not in HARDWARE:
         raise ValueError(f"unknown hw {name!r}; {nearest(name, HARDWARE)}")
+    as_json |= context.parent.params["as_json"]
     click.echo(json.dumps(HARDWARE[name].model_dump(), indent=2) + "\n" if as_json else as_yaml(HARDWARE[name]), nl=False)
 
 # %% ../nbs/90_cli.ipynb #report

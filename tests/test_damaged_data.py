@@ -11,14 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import small_data
 from PIL import Image
 
+from resnet_nb.config import Parameters
 from resnet_nb.data.formats import DEVKIT, TRAIN_TAR, VAL_TAR, damaged_parts, find_pictures
-from resnet_nb.data.index import fingerprint
+from resnet_nb.data.index import cache_dir, fingerprint
 from resnet_nb.data.inspect import inspect_data, inspect_split
 from resnet_nb.data.pack import pack
-from resnet_nb.data.splits import list_data
+from resnet_nb.data.splits import list_data, read_inspection
 from resnet_nb.data.transforms import MAX_PIXELS, TooLarge, decode, read_size
+from resnet_nb.run.forecast import before_lines
+from resnet_nb.run.plan import resolve
 
 # --- a small ImageNet in five forms ------------------------------------------------------------------------------------
 
@@ -312,3 +316,16 @@ def test_a_small_file_that_says_it_is_huge_is_not_decoded(width, height):
             decode(huge)
         assert isinstance(refused.value.__cause__, TooLarge)
     assert 8_000 * 8_000 < MAX_PIXELS < 9_000 * 9_000
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b'{"bad": 5}', b'{"splits": {}}'])
+def test_what_is_known_of_data_is_passed_over_where_it_is_damaged(tmp_path, home, content):
+    data = small_data(tmp_path)
+    inspect_data(data)
+    found = list_data(data)
+    assert read_inspection(data, found.train, found.val)  # the control
+    for name in ("inspection.json", "forecast.json"):
+        (cache_dir(data) / name).write_bytes(content)
+    assert read_inspection(data, found.train, found.val) is None
+    config = resolve(Parameters(recipe="photos", data_dir=str(data)))
+    assert before_lines(config)[0].startswith("how long it takes here is not measured yet")

@@ -9,7 +9,6 @@ __all__ = ['FOLDERS', 'SOME', 'BAD', 'find_data_dir', 'make_digits', 'prepare_da
 
 # %% ../../nbs/data/02_splits.ipynb #imports
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ import numpy as np
 from ..config import given_path, project_root
 from .formats import Found, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
 from .index import Index, cache_dir, fingerprint, in_parallel, keep_index, kept_index
-from ..files import read_json
+from ..files import DamagedFile, read_json
 from ..seed import DIGITS, permutation, seed_key
 
 # %% ../../nbs/data/02_splits.ipynb #find_data_dir
@@ -245,10 +244,12 @@ BAD = ("empty", "too large", "damaged", "undecodable", "unreadable")  # what a r
 
 def read_inspection(data_dir: str | Path, train: Index, val: Index) -> dict | None:
     "The report about this data as it is now; None where it was never inspected, or has changed since."
-    path = cache_dir(data_dir) / "inspection.json"
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    same = report and all(report["splits"][split]["sha256"] == fingerprint(index) for split, index in (("train", train), ("val", val)))
-    return report if same else None
+    try:
+        report = read_json(cache_dir(data_dir) / "inspection.json")
+    except DamagedFile:  # the next check writes it anew
+        return None
+    known = [report.get("splits", {}).get(split, {}).get("sha256") for split in ("train", "val")]
+    return report if known == [fingerprint(train), fingerprint(val)] else None
 
 
 def inspected_indexes(data_dir: str | Path) -> tuple[dict, dict[str, Index]]:

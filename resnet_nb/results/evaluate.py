@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'SHORT', 'Preprocess', 'normalised', 'load_network', 'pick_device', 'predict', 'match_classes', 'split_of',
-           'find_split', 'predictions', 'Evaluation', 'judge', 'kept_in', 'keep', 'evaluate', 'by_size', 'test_index',
-           'as_plain', 'number_lines', 'table_bytes', 'table_ending', 'write_table', 'paired', 'paired_line',
-           'newest_run', 'example_run', 'pick_run', 'pick_runs', 'find_files', 'predict_files', 'answer_lines']
+           'find_split', 'predictions', 'Evaluation', 'checked_size', 'judge', 'kept_in', 'keep', 'evaluate', 'by_size',
+           'test_index', 'as_plain', 'number_lines', 'table_bytes', 'table_ending', 'write_table', 'paired',
+           'paired_line', 'newest_run', 'example_run', 'pick_run', 'pick_runs', 'find_files', 'predict_files',
+           'answer_lines']
 
 # %% ../../nbs/results/01_evaluate.ipynb #imports
 import dataclasses
@@ -16,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +26,12 @@ import torch
 import torchvision
 from PIL import Image
 from pyarrow import csv
+from pydantic import TypeAdapter, ValidationError
 from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Parameters, RunConfig, given_path, one_sentence
+from ..config import Parameters, RunConfig, Size, given_path, one_sentence
 from ..data.formats import is_picture
 from ..data.index import BadPicture, Index, cache_dir
 from ..data.splits import load_data, test_data, whole_data
@@ -99,13 +102,21 @@ def load_network(
 # %% ../../nbs/results/01_evaluate.ipynb #load_plain
 def _load_plain(source: str, arch: str) -> nn.Module:
     "A network from a file of weights, or from those of torchvision, whose classes and preparation are known."
-    state = read_weights(weights_file(source, arch))
+    path = weights_file(source, arch)
     with torch.device("meta"):
         head = head_name(build_model(arch, 2)) + ".weight"
-    if head not in state:
-        raise ValueError(f"weights {source!r} have no {head!r}, so no classes can be told from them")
-    network = build_model(arch, len(state[head]))
-    load_weights(network, state)
+    try:
+        if head not in (state := read_weights(path)):
+            raise ValueError(f"has no {head!r}, so no classes can be told from it")
+        network = build_model(arch, len(state[head]))
+        load_weights(network, state)
+        shapes = lambda tensors: {
+            name: list(tensor.shape) for name, tensor in tensors.items() if name.startswith(head.removesuffix("weight"))
+        }
+        if shapes(state) != shapes(network.state_dict()):  # then it was left out, and would be a random one
+            raise ValueError(f"has another classifier than this network: {shapes(state)}, not {shapes(network.state_dict())}")
+    except ValueError as error:
+        raise ValueError(f"weights {source!r}: it {error}") from None
     network.classes, network.preprocess = [str(i) for i in range(len(state[head]))], Preprocess(224, 256 / 224)
     network.source = {"weights": Path(source).name, "arch": arch, "classes": "by their order"}
     if not source.endswith(FILES):
@@ -198,7 +209,12 @@ def predict(
 # %% ../../nbs/results/01_evaluate.ipynb #find_split
 def match_classes(network: nn.Module, index: Index) -> np.ndarray:  # (C of the index,) int64
     "For each class of the index, which output of the network it is; ValueError where one has none."
-    if network.source.get("classes") == "by their order" and len(network.classes) == len(index.classes):  # a file of weights knows no names
+    if network.source.get("classes") == "by their order":  # a file of weights knows no names
+        if len(network.classes) != len(index.classes):
+            raise ValueError(
+                f"weights {network.source['weights']!r} know their {len(network.classes)} classes by order alone, and the data has {len(index.classes)}; "
+                "judge them on data of all their classes"
+            )
         network.classes = list(index.titles)
     if list(index.titles) == network.classes:  # ImageNet has two classes of one name
         return np.arange(len(index.classes))
@@ -258,9 +274,24 @@ class Evaluation:
     index: Index
 
 
+def checked_size(size: int) -> int:
+    "A size of test images, in px; ValueError for one that no recipe could have."
+    try:
+        return TypeAdapter(Size).validate_python(size, strict=True)
+    except ValidationError:
+        limits = get_args(Size)[1].metadata
+        raise ValueError(
+            f"image_size={size!r} must be a whole number of {limits[0].ge} to {limits[1].le} px, or 0 for the network's own"
+        ) from None
+
+
 @one_sentence
 def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "", **how) -> Evaluation:
     "Ask `network` about all of `index`, at the size it was validated with or at `image_size` px, on the fastest device or on `device`; `how` is of `predict`."
+    if image_size:
+        checked_size(image_size)
+    if device not in ("", "cpu", "cuda", "mps"):
+        raise ValueError(f"device={device!r} is neither 'cpu', 'cuda' nor 'mps', nor '' for the fastest")
     prepares = dataclasses.replace(network.preprocess, size=image_size or network.preprocess.size)
     labels = match_classes(network, index)[index.labels]
     logits = predict(network, index, device=device or pick_device(), prepares=prepares, **how)
@@ -292,14 +323,16 @@ def evaluate(
     which: str = "best",  # or 'last'
     data_dir: str | Path = "",  # other pictures of the same classes; the run's own if not given
     arch: str = "",
+    kept: bool = True,  # in `kept_in`, in place of what it holds
     **how,  # image_size, device, devices, num_threads, num_workers: of `judge`
 ) -> Evaluation:
-    "A run's checkpoint, or a file of weights, judged, and kept in `kept_in`. ValueError where it can't be."
-    network, folder = load_network(run, which, arch), kept_in(run, data_dir, arch)
+    "A run's checkpoint, or a file of weights, judged. ValueError where it can't be."
+    folder, network = kept_in(run, data_dir, arch), load_network(run, which, arch)
     index = split_of(data_dir, split) if arch else find_split(load_config(folder), split, data_dir)
     found = judge(network, index, **how)
     found.numbers.update(split=split, data_dir=str(data_dir))
-    keep(found, folder)
+    if kept:
+        keep(found, folder)
     return found
 
 
@@ -346,9 +379,11 @@ def table_bytes(table: pa.Table, ending: str) -> bytes:
 
 
 def table_ending(path: Path) -> str:
-    "The ending of `path`; ValueError where no table is written so."
+    "The ending of `path`; ValueError where no table is written so, or nothing there."
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"a table is written as .csv or .parquet, and {path.name!r} ends in neither .csv nor .parquet")
+    if not given_path(path).parent.is_dir():
+        raise ValueError(f"there is no folder {str(given_path(path).parent)!r} for {path.name!r}; make it, or name another one")
     return path.suffix
 
 
@@ -358,14 +393,27 @@ def write_table(table: pa.Table, path: Path) -> None:
     write_file(given_path(path), table_bytes(table, table_ending(path)))
 
 # %% ../../nbs/results/01_evaluate.ipynb #paired
+def _differ(one: Index, i: int, other: Index, j: int) -> bool:
+    "Whether pictures of one name are seen to be two; what was packed is another file, of the same picture."
+    return "rows" not in (one.layout, other.layout) and one.sizes[i] != other.sizes[j]
+
+
 @one_sentence
 def paired(one: Evaluation, other: Evaluation) -> dict:
     "McNemar's test of two networks on the pictures that both were asked about; ValueError where there are none."
-    right = [dict(zip(table["path"].to_pylist(), table["right"].to_pylist())) for table in (one.table, other.table)]
-    both = sorted(right[0].keys() & right[1].keys())
+    at = [{path: i for i, path in enumerate(found.table["path"].to_pylist())} for found in (one, other)]
+    both = sorted(at[0].keys() & at[1].keys())
     if not both:
         raise ValueError("the two were asked about no common picture; judge them on the same data and split")
-    return mcnemar(*(np.array([answers[path] for path in both]) for answers in right))
+    if one.index.root != other.index.root and (
+        unlike := [path for path in both if _differ(one.index, at[0][path], other.index, at[1][path])]
+    ):
+        raise ValueError(
+            f"the two were asked about other pictures of the same names: {len(unlike):,} of {len(both):,}, {unlike[0]!r} for one, "
+            "are files of other sizes; judge them on the same data"
+        )
+    right = [np.asarray(found.table["right"].to_pylist()) for found in (one, other)]
+    return mcnemar(*(answers[[places[path] for path in both]] for answers, places in zip(right, at)))
 
 
 def paired_line(one: str, other: str, found: dict) -> str:
@@ -410,6 +458,8 @@ def pick_run(run: str = "", show: Callable[[str], None] = print) -> Path:
 @one_sentence
 def pick_runs(runs: Iterable[str]) -> list[Path]:
     "The folders of two or more `runs`, and where none are named, of two examples."
+    if not all(runs := list(runs)):
+        raise ValueError(f"runs={runs} must name each run; an empty name is none")
     found = [pick_run(run) for run in runs] or [example_run(), example_run(name=f"{EXAMPLE}-2", seed=1)]
     if len(found) < 2:
         raise ValueError(f"only {found[0].name!r} is given; to compare takes two runs or more")
@@ -435,6 +485,8 @@ def find_files(places: Iterable[str | Path]) -> list[Path]:
 @torch.no_grad()
 def predict_files(network: nn.Module, places: Iterable[str | Path], top: int = 3, device: str = "") -> pa.Table:
     "A row for each picture: its path, the `top` likeliest classes with their probabilities, and what is wrong where it can't be read."
+    if top < 1:
+        raise ValueError(f"top={top} must be 1 or more, the number of classes that are named")
     device, rows, columns = device or pick_device(), [], [f"{name}_{i + 1}" for i in range(top) for name in ("class", "probability")]
     network = network.to(device)
     for path in find_files(places):

@@ -157,6 +157,13 @@ def export(
         "which": which,
         "step": network.source["step"],
     } | preparation(network, pixels_in)
+    before = read_json(folder / "preprocessing.json")
+    others = [name for name in before.get("files", []) if name not in about["files"]]
+    if before | {"files": about["files"]} == about:
+        about["files"] += others
+    else:  # what they take, or which checkpoint they hold, is described no more
+        for name in others:
+            (folder / Path(name).name).unlink(missing_ok=True)
     for name in formats:
         answers = WRITERS[name](program, images[:2], folder / f"model.{name}", about)(images)
         difference = float(np.abs(answers - wanted).max())
@@ -215,7 +222,13 @@ CHOSEN = {  # what pictures had to do with the choice of a best checkpoint, by t
 def _number_table(run_dir: Path, about: dict) -> str:
     "The numbers of this checkpoint: of an evaluation on the run's own validation or test pictures where there is one, else as the run validated it."
     numbers, step = read_json(run_dir / "evaluation.json"), about["step"]
-    usable = numbers and numbers["step"] == step and not numbers["data_dir"] and numbers["split"] != "train"
+    usable = (
+        numbers
+        and numbers["step"] == step
+        and not numbers["data_dir"]
+        and numbers["split"] != "train"
+        and numbers["image_size"] == about["input"]["shape"][2]
+    )
     split = numbers["split"] if usable else "val"
     chosen = f"\n\n{CHOSEN[split]}" if about["which"] == "best" else ""
     if not usable:

@@ -7,6 +7,7 @@ __all__ = ['confused_pairs', 'plot_confusion', 'plot_calibration', 'most_wrong',
            'plot_sizes_tested', 'plot_predictions', 'upload_box']
 
 # %% ../../nbs/results/04_figures.ipynb #imports
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,8 @@ def plot_predictions(table: pa.Table, rows: int = 8) -> Figure:
             right.text(0, 0.5, row["problem"][:90], fontsize=7, va="center", parse_math=False)
             right.axis("off")
             continue
-        left.imshow(eval_picture(decode(Path(row["path"]).read_bytes()), 96, 1.0))
+        with contextlib.suppress(OSError, ValueError):  # of a name that is no UTF-8 the table does not hold the path
+            left.imshow(eval_picture(decode(Path(row["path"]).read_bytes()), 96, 1.0))
         best = [(row[f"class_{i}"], row[f"probability_{i}"]) for i in range(1, 100) if row.get(f"class_{i}")][::-1]
         right.barh(range(len(best)), [chance for _, chance in best], color=LOGGED)
         right.set_yticks(range(len(best)), [name[:24] for name, _ in best], fontsize=7, parse_math=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import Parameters, RunConfig, one_sentence, project_root
 from ..data.index import cache_dir
 from ..data.splits import prepare_data
-from ..files import read_json, write_json
+from ..files import DamagedFile, read_json, write_json
 from .folder import read_rows
 from .hardware import Check
 from .launch import CODES, rank_environment, command, duration
@@ -123,7 +123,10 @@ def keep_forecast(config: RunConfig, found: dict) -> None:
 
 def _kept(config: RunConfig) -> dict:
     "What was forecast for a run of this kind; {} where nothing was."
-    kept = read_json(cache_dir(config.data_dir) / "forecast.json")
+    try:
+        kept = read_json(cache_dir(config.data_dir) / "forecast.json")
+    except DamagedFile:  # the next forecast writes it anew
+        return {}
     return kept["found"] if kept.keys() >= {"found"} and kept == _kind(config) | {"found": kept["found"]} else {}
 
 
