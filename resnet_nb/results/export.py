@@ -123,6 +123,17 @@ def _some_images(network: nn.Module, index: Index, most: int = 64) -> torch.Tens
     pixels = [load_eval(index, i, network.preprocess.size, network.preprocess) for i in which]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
+# %% ../../nbs/results/03_export.ipynb #others
+def _others(folder: Path, about: dict) -> list[str]:
+    "Files of an earlier export that are described by `about`, too; those whose input or checkpoint it does not describe are removed."
+    before = read_json(folder / "preprocessing.json")
+    names = [name for name in before.get("files", []) if name not in about["files"]]
+    if before | {"files": about["files"]} == json.loads(json.dumps(about)):
+        return names
+    for name in names:
+        (folder / Path(name).name).unlink(missing_ok=True)
+    return []
+
 # %% ../../nbs/results/03_export.ipynb #export
 @one_sentence
 @torch.no_grad()
@@ -157,13 +168,7 @@ def export(
         "which": which,
         "step": network.source["step"],
     } | preparation(network, pixels_in)
-    before = read_json(folder / "preprocessing.json")
-    others = [name for name in before.get("files", []) if name not in about["files"]]
-    if before | {"files": about["files"]} == about:
-        about["files"] += others
-    else:  # what they take, or which checkpoint they hold, is described no more
-        for name in others:
-            (folder / Path(name).name).unlink(missing_ok=True)
+    about["files"] += _others(folder, about)
     for name in formats:
         answers = WRITERS[name](program, images[:2], folder / f"model.{name}", about)(images)
         difference = float(np.abs(answers - wanted).max())
