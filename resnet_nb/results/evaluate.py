@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXAMPLE', 'SHORT', 'Preprocess', 'normalised', 'load_network', 'pick_device', 'predict', 'match_classes', 'split_of',
-           'find_split', 'predictions', 'Evaluation', 'checked_size', 'judge', 'kept_in', 'keep', 'evaluate', 'by_size',
-           'test_index', 'as_plain', 'number_lines', 'table_bytes', 'table_ending', 'write_table', 'paired',
-           'paired_line', 'newest_run', 'example_run', 'pick_run', 'pick_runs', 'find_files', 'predict_files',
-           'answer_lines']
+           'find_split', 'predictions', 'Evaluation', 'judge', 'kept_in', 'keep', 'evaluate', 'by_size', 'test_index',
+           'as_plain', 'number_lines', 'table_bytes', 'table_ending', 'write_table', 'paired', 'paired_line',
+           'newest_run', 'example_run', 'pick_run', 'pick_runs', 'find_files', 'predict_files', 'answer_lines']
 
 # %% ../../nbs/results/01_evaluate.ipynb #imports
 import dataclasses
@@ -17,7 +16,6 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +24,11 @@ import torch
 import torchvision
 from PIL import Image
 from pyarrow import csv
-from pydantic import TypeAdapter, ValidationError
 from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import Parameters, RunConfig, Size, given_path, one_sentence
+from ..config import SIZES, Parameters, RunConfig, given_path, one_sentence
 from ..data.formats import is_picture
 from ..data.index import BadPicture, Index, cache_dir
 from ..data.splits import load_data, test_data, whole_data
@@ -274,22 +271,11 @@ class Evaluation:
     index: Index
 
 
-def checked_size(size: int) -> int:
-    "A size of test images, in px; ValueError for one that no recipe could have."
-    try:
-        return TypeAdapter(Size).validate_python(size, strict=True)
-    except ValidationError:
-        limits = get_args(Size)[1].metadata
-        raise ValueError(
-            f"image_size={size!r} must be a whole number of {limits[0].ge} to {limits[1].le} px, or 0 for the network's own"
-        ) from None
-
-
 @one_sentence
 def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "", **how) -> Evaluation:
     "Ask `network` about all of `index`, at the size it was validated with or at `image_size` px, on the fastest device or on `device`; `how` is of `predict`."
-    if image_size:
-        checked_size(image_size)
+    if image_size and image_size not in SIZES:
+        raise ValueError(f"image_size={image_size!r} must be a whole number of {SIZES[0]} to {SIZES[-1]} px, or 0 for the network's own")
     if device not in ("", "cpu", "cuda", "mps"):
         raise ValueError(f"device={device!r} is neither 'cpu', 'cuda' nor 'mps', nor '' for the fastest")
     prepares = dataclasses.replace(network.preprocess, size=image_size or network.preprocess.size)
@@ -379,7 +365,7 @@ def table_bytes(table: pa.Table, ending: str) -> bytes:
 
 
 def table_ending(path: Path) -> str:
-    "The ending of `path`; ValueError where no table is written so, or nothing there."
+    "The ending of `path`; ValueError where no table is written so, or there is no folder for it."
     if path.suffix not in (".csv", ".parquet"):
         raise ValueError(f"a table is written as .csv or .parquet, and {path.name!r} ends in neither .csv nor .parquet")
     if not given_path(path).parent.is_dir():
@@ -393,27 +379,28 @@ def write_table(table: pa.Table, path: Path) -> None:
     write_file(given_path(path), table_bytes(table, table_ending(path)))
 
 # %% ../../nbs/results/01_evaluate.ipynb #paired
-def _differ(one: Index, i: int, other: Index, j: int) -> bool:
-    "Whether pictures of one name are seen to be two; what was packed is another file, of the same picture."
-    return "rows" not in (one.layout, other.layout) and one.sizes[i] != other.sizes[j]
+def _unlike(one: Index, other: Index, places: list[tuple[int, int]]) -> list[int]:
+    "Pictures of `one` that are seen to be others in the same `places` of `other`, by their sizes in bytes, else by some files; what was packed is another file, of the same picture."
+    if one.root == other.root or "rows" in (one.layout, other.layout):
+        return []
+    some = places[:: max(1, len(places) // 64)]
+    return [i for i, j in places if one.sizes[i] != other.sizes[j]] or [i for i, j in some if one.read(i) != other.read(j)]
 
 
 @one_sentence
 def paired(one: Evaluation, other: Evaluation) -> dict:
     "McNemar's test of two networks on the pictures that both were asked about; ValueError where there are none."
     at = [{path: i for i, path in enumerate(found.table["path"].to_pylist())} for found in (one, other)]
-    both = sorted(at[0].keys() & at[1].keys())
-    if not both:
+    places = [(at[0][path], at[1][path]) for path in sorted(at[0].keys() & at[1].keys())]
+    if not places:
         raise ValueError("the two were asked about no common picture; judge them on the same data and split")
-    if one.index.root != other.index.root and (
-        unlike := [path for path in both if _differ(one.index, at[0][path], other.index, at[1][path])]
-    ):
+    if unlike := _unlike(one.index, other.index, places):
         raise ValueError(
-            f"the two were asked about other pictures of the same names: {len(unlike):,} of {len(both):,}, {unlike[0]!r} for one, "
-            "are files of other sizes; judge them on the same data"
+            f"the two were asked about other pictures of the same names: of {len(places):,} at least {len(unlike):,}, "
+            f"{one.index.where(unlike[0])!r} for one; judge them on the same data"
         )
     right = [np.asarray(found.table["right"].to_pylist()) for found in (one, other)]
-    return mcnemar(*(answers[[places[path] for path in both]] for answers, places in zip(right, at)))
+    return mcnemar(*(answers[list(where)] for answers, where in zip(right, zip(*places))))
 
 
 def paired_line(one: str, other: str, found: dict) -> str:
