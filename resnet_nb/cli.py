@@ -17,6 +17,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -252,15 +253,23 @@ def _verbatim(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
+def _own_kernel(folder: str) -> dict[str, str]:
+    "The variables with which a kernel is the one of this Python, with nothing from a person's IPython in its names and its own way to draw."
+    return launch.SAFE_PYTHON | {"JUPYTER_PATH": "", "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": f"{folder}/ipython", "MPLBACKEND": ""}
+
+
 def execute(source: Path, target: Path, parameters: dict, **environment: str) -> None:
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides. DiskFull where `target` has no room."
     import papermill
+    from traitlets.config import Config
 
-    with launch.variables(**launch.SAFE_PYTHON | environment), told_if_full(target, 0):
+    with tempfile.TemporaryDirectory() as folder, launch.variables(**_own_kernel(folder) | environment), told_if_full(target, 0):
+        # kernels that begin together may choose the same ports; the path of a socket has less than 104 characters
+        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if len(folder) < 80 else {}
         papermill.execute_notebook(
             _verbatim(source), _verbatim(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
             # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
-            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"],
+            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"], config=Config(KernelManager=sockets),
         )  # fmt: skip
 
 # %% ../nbs/90_cli.ipynb #make_page
@@ -358,14 +367,15 @@ def _mend(run_dir: Path) -> bool:
     return mended
 
 # %% ../nbs/90_cli.ipynb #train-in-notebook
-def _train_in_notebook(run_dir: Path, template: Path) -> None:
-    "Execute `template` for a run that was created; raises what the command ends with, unless the run is completed."
+def _train_in_notebook(config: RunConfig, run_dir: Path, template: Path) -> None:
+    "Execute `template` for a run that was created as `config`; raises what the command ends with, unless the run is completed."
     import papermill
 
-    config, before, problem, mended = load_config(run_dir), len(read_status(run_dir)["attempts"]), None, False
+    before, problem, mended = len(read_status(run_dir)["attempts"]), None, False
+    parameters = config.parameters.model_dump() | {"name": config.name}
     try:
         with _bar(run_dir):
-            execute(template, run_dir / "train.ipynb", config.parameters.model_dump() | {"name": config.name}, **{WRITTEN_RUN: config.name})
+            execute(template, run_dir / "train.ipynb", parameters, **{WRITTEN_RUN: config.model_dump_json()})
         return
     # also a kernel that died, or is too slow to answer, and a notebook that can't be written
     except (RuntimeError, OSError, DiskFull, papermill.exceptions.PapermillExecutionError) as error:
@@ -445,7 +455,7 @@ def train(name, p, r, y, f, detach):
     run_dir = make_run_dir(config.name)
     pull(config, lambda line: click.echo(line, err=True))
     with lock_run(run_dir):  # refuses while another process writes this run
-        create_run(config)
+        config = load_config(create_run(config))  # a finished run stays what it was
     for run in launch.twins(config) if not config.parameters.name else []:
         click.echo(f"{launch.twin_line(run)}; resnet-nb {'follow' if run['status'] == 'running' else 'train'} {run['name']} leads to it")
     click.echo(f"{config.name}: recipe {config.recipe_name} on {config.hw}")
@@ -455,7 +465,7 @@ def train(name, p, r, y, f, detach):
         return _detached(run_dir)
     with _signals(functools.partial(_first, run_dir=run_dir)), _signals(_hung_up, (signal.SIGHUP,)):
         try:
-            _train_in_notebook(run_dir, template)
+            _train_in_notebook(config, run_dir, template)
         finally:
             push_page(run_dir, config.hardware.mirror)  # the notebook is whole only now
     _Screen().say(f"done: {_shown(run_dir / 'train.ipynb')} and {_shown(run_dir / 'curves.png')}")

@@ -13,7 +13,7 @@ from resnet_nb.data.index import BadPicture
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
-from resnet_nb.run.folder import append_rows, create_run, lock_run, read_rows, run_path, write_status
+from resnet_nb.run.folder import append_rows, create_run, load_config, lock_run, read_rows, read_status, run_path, write_status
 
 
 @pytest.mark.parametrize("numerics", ["close", "exact"])
@@ -88,7 +88,7 @@ def test_of_a_run_whose_folder_is_renamed_it_is_said_that_it_is_gone(make_config
     run_dir, rename = begun("renamed-too")
     with monkeypatch.context() as patch, lock_run(run_dir), pytest.raises(launch.RunFailed, match=gone):
         patch.setattr(papermill, "execute_notebook", lambda *args, **how: rename() and (run_dir / "train.ipynb").write_text(""))
-        cli._train_in_notebook(run_dir, cli.notebook("train.ipynb"))
+        cli._train_in_notebook(load_config(run_dir), run_dir, cli.notebook("train.ipynb"))
 
 
 @pytest.mark.parametrize(
@@ -106,3 +106,18 @@ def test_a_command_ends_as_what_its_notebook_reports(make_config, reported, kind
     run_dir = create_run(make_config(f"reports-{reported}", "local"))
     with pytest.raises(kind, match="what it said"):
         cli._raise_ending(run_dir, Reported(), begun=False, mended=False)
+
+
+def test_of_two_commands_that_begin_one_name_each_means_its_own_run(make_config, monkeypatch):
+    from resnet_nb import cli
+
+    config, other = (make_config("one-name", "local", epochs=1, image_sizes=[16], seed=seed) for seed in (0, 1))
+    usual = cli.execute
+    with monkeypatch.context() as patch:  # the other one writes the folder while the kernel of the first begins
+        patch.setattr(cli, "execute", lambda *args, **environment: (create_run(other), usual(*args, **environment)))
+        cli._train_in_notebook(config, create_run(config), cli.notebook("train.ipynb"))
+    run_dir = run_path("one-name")
+    assert load_config(run_dir) == config and read_status(run_dir)["status"] == "completed"
+    with pytest.raises(ValueError, match="seed=0, asked for is 1"):
+        cli._train_in_notebook(other, run_dir, cli.notebook("train.ipynb"))
+    assert load_config(run_dir) == config

@@ -18,7 +18,7 @@ from resnet_nb.files import DiskFull, no_room, read_json
 from resnet_nb.results import executed
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints, damage
-from resnet_nb.run.folder import create_run, lock_run, read_rows, read_status, write_status
+from resnet_nb.run.folder import create_run, load_config, lock_run, read_rows, read_status, write_status
 
 CHECKPOINT = 90  # MiB, more than one of a resnet18 with momentum takes
 
@@ -165,7 +165,7 @@ def train_without_room(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(papermill, "execute_notebook", full)
-    return lambda run_dir: cli._train_in_notebook(run_dir, cli.notebook("train.ipynb"))
+    return lambda run_dir: cli._train_in_notebook(load_config(run_dir), run_dir, cli.notebook("train.ipynb"))
 
 
 def test_a_run_is_not_begun_where_its_notebook_has_no_room(make_config, train_without_room):

@@ -282,7 +282,7 @@ def test_a_signal_before_the_run_begins_ends_all(data, home):
     os.kill(command.pid, signal.SIGTERM)
     text, _ = command.communicate(timeout=120)
     assert command.returncode in (143, 75) and "Traceback" not in text, text  # 75 where it had begun
-    assert not is_locked(run_dir) and not processes_of(run_dir)
+    wait_for(lambda: not is_locked(run_dir) and not processes_of(run_dir), 5)
 
 
 def test_a_terminal_has_a_bar_and_if_closed_leaves_the_run_alone_and_its_notebook_is_completed(data, home):

@@ -41,6 +41,10 @@ def hostile(tmp_path_factory):
     (folder / "resnet_nb").mkdir()
     for name in ("json.py", "random.py", "socket.py", "lightning.py", "numpy.py", "resnet_nb/__init__.py"):
         (folder / name).write_text("raise SystemExit('a module of the current folder was imported')")
+    (folder / "jupyter/kernels/python3").mkdir(parents=True)
+    (folder / "jupyter/kernels/python3/kernel.json").write_text('{"argv": ["false"], "display_name": "another", "language": "python"}')
+    (folder / "ipython/profile_default/startup").mkdir(parents=True)
+    (folder / "ipython/profile_default/startup/mine.py").write_text("batch_size = 64\nhw = None\n")
     return folder
 
 
@@ -60,6 +64,10 @@ def test_a_run_is_the_same_in_any_environment_folder_and_terminal(home, one, hos
         "PYTHONUTF8": "0",
         "PYTHONIOENCODING": "ascii",
         "GIT_DIR": str(hostile),
+        "JUPYTER_PATH": str(hostile / "jupyter"),
+        "JUPYTER_PREFER_ENV_PATH": "0",
+        "IPYTHONDIR": str(hostile / "ipython"),
+        "MPLBACKEND": "nope",
     }
     command = [str(Path(sys.executable).parent / "resnet-nb"), "train", "-f", "wish.yaml"]
     del environment["PYTHONWARNINGS"]  # a person's own command may fail by it; what it starts must not

@@ -235,14 +235,14 @@ def table_lines(rows: dict[str, str]) -> list[str]:
     return [fill(f"{key:<10} {value}") for key, value in rows.items()]
 
 # %% ../../nbs/run/05_plan.ipynb #open_run
-WRITTEN_RUN = "RESNET_NB_RUN"  # in a kernel's environment: the name of the run that was written for it
+WRITTEN_RUN = "RESNET_NB_RUN"  # in a kernel's environment: the run that was written for it, as in its config.json
 
 
 @one_sentence
 def open_run(parameters: Parameters) -> tuple[RunConfig, Index, Index]:
     "The run that `parameters` ask for, and the indexes of its data: as written by the command line for this kernel, else resolved and validated here."
-    if name := os.environ.get(WRITTEN_RUN):
-        config = load_config(run_path(name))
+    if written := os.environ.get(WRITTEN_RUN):  # not read from its folder, where another command may have written another since
+        config = RunConfig.model_validate_json(written)
         r = config.recipe
         train, val, _ = load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)
         return config, train, val
