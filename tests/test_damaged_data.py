@@ -21,6 +21,7 @@ from resnet_nb.data.inspect import inspect_data, inspect_split
 from resnet_nb.data.pack import pack
 from resnet_nb.data.splits import list_data, read_inspection
 from resnet_nb.data.transforms import MAX_PIXELS, TooLarge, decode, read_size
+from resnet_nb.files import read_json, write_json
 from resnet_nb.run.forecast import before_lines
 from resnet_nb.run.plan import resolve
 
@@ -135,7 +136,7 @@ def shard(**columns):
 
 
 def pack_says(**other):
-    return lambda data: edit(data / "pack.json", lambda text: json.dumps(json.loads(text) | other).encode())
+    return lambda data: write_json(data / "pack.json", read_json(data / "pack.json") | other)
 
 
 IMAGES = [{"bytes": data, "path": name} for _, name, data in TRAIN]
@@ -273,12 +274,12 @@ def test_an_inspection_finds_pictures_that_were_replaced_in_place(make):
 def test_a_damaged_part_of_a_pack_is_found_and_made_again(make, damage):
     data, lines = make("pack"), []
     part = data / "train-00000.arrow"
-    before, about = part.read_bytes(), json.loads((data / "pack.json").read_text())
+    before, about = part.read_bytes(), read_json(data / "pack.json")
     assert damaged_parts(data) == []
     edit(part, damage) if damage else part.unlink()
     assert damaged_parts(data) == [part.name]
     pack(data.with_name("packed"), data, short_side=0, show=lines.append)
-    assert part.read_bytes() == before and json.loads((data / "pack.json").read_text()) == about
+    assert part.read_bytes() == before and read_json(data / "pack.json") == about
     assert [line.split(":")[0] for line in lines[:-1]] == [part.name]
 
 

@@ -157,9 +157,9 @@ def test_verify_knows_how_many_steps_a_complete_run_has_and_finds_damage(one, tm
     assert code == 3 and "metrics.jsonl holds what is no row, in line" in text, text
     for name in ("config.json", "manifest.json", "run.json"):
         code, text = verdict(lambda run, name=name: (run / name).write_bytes(b"\xff\x81{"))
-        assert code == 3 and f"{name} is missing, damaged" in text, text
+        assert code == 3 and f"{name}' is damaged, it is not JSON" in text, text
     code, text = verdict(lambda run: (run / "manifest.json").write_text("[]"))
-    assert code == 3 and "manifest.json is missing, damaged" in text, text
+    assert code == 3 and "manifest.json' is damaged, it holds a list" in text, text
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import features
 
 from .index import Index, in_parallel, make_index
+from ..files import read_json
 
 # %% ../../nbs/data/01_formats.ipynb #Found
 class Found(NamedTuple):
@@ -702,7 +703,7 @@ PACK_VERSION = 2  # another one is not read
 
 def find_pack(data_dir: Path) -> Found:
     "The pictures of a pack; raises ValueError where it can't be read as a whole."
-    about = json.loads((data_dir / "pack.json").read_text(encoding="utf-8"))
+    about = read_json(data_dir / "pack.json")
     if not {"version", "finished", "splits", "titles", "parts"} <= about.keys():
         raise ValueError(f"{str(data_dir / 'pack.json')!r} is not that of a pack; choose another folder")
     if about["version"] != PACK_VERSION:
@@ -731,7 +732,7 @@ def find_pack(data_dir: Path) -> Found:
 # %% ../../nbs/data/01_formats.ipynb #damaged_parts
 def damaged_parts(dst: str | Path) -> list[str]:
     "Names of the parts of a pack whose sha256 is not that of what was written, or that are gone."
-    about = json.loads((Path(dst) / "pack.json").read_text(encoding="utf-8"))
+    about = read_json(Path(dst) / "pack.json", parts=dict)
     names = list(about["parts"])
 
     def is_damaged(name: str) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'ARRAYS', 'ROWS_KEPT', 'READERS', 'VERSION', 'BadPicture', 'Index', 'make_index', 'fingerprint', 'cache_dir',
-           'keep_index', 'kept_index', 'born_deaf', 'in_parallel']
+           'arrays_sha256', 'keep_index', 'kept_index', 'born_deaf', 'in_parallel']
 
 # %% ../../nbs/data/00_index.ipynb #imports
 import contextlib
@@ -266,6 +266,20 @@ def _state(paths: Iterable[str]) -> list[list]:
         found.append([path, status.st_mtime_ns, 0 if stat.S_ISDIR(status.st_mode) else status.st_size])
     return found
 
+# %% ../../nbs/data/00_index.ipynb #arrays_sha256
+def arrays_sha256(arrays: Iterable[np.ndarray], more: bytes = b"") -> str:
+    "16 digits of the sha256 over arrays, their types and shapes, and `more`: what kept arrays are named after."
+    digest = hashlib.sha256(more)
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def _folder_name(about: dict, splits: dict[str, Index]) -> str:
+    "Of a kept index: after all that it holds."
+    return "index-" + arrays_sha256((array for index in splits.values() for array in index.arrays.values()), json.dumps(about).encode())
+
 # %% ../../nbs/data/00_index.ipynb #keep_index
 def keep_index(data_dir: str | Path, splits: dict[str, Index], watched: Iterable[str], seen: float) -> None:
     """Keep `splits` until one of the paths `watched` changes.
@@ -278,17 +292,11 @@ def keep_index(data_dir: str | Path, splits: dict[str, Index], watched: Iterable
         return  # something is being removed just now
     if not state or max(changed for _, changed, _ in state) > (seen - 2) * 1e9:
         return
-    splits_about, digest = {}, hashlib.sha256()
-    for split, index in splits.items():
-        splits_about[split] = {name: getattr(index, name) for name in FIELDS}
-        for array in index.arrays.values():
-            digest.update(array)
-    about = {"version": VERSION, "splits": splits_about}
-    digest.update(json.dumps(about).encode())
+    about = {"version": VERSION, "splits": {split: {name: getattr(index, name) for name in FIELDS} for split, index in splits.items()}}
     try:
         home = cache_dir(data_dir)
         home.mkdir(parents=True, exist_ok=True)
-        partial, folder = Path(tempfile.mkdtemp(prefix=".index-", dir=home)), home / f"index-{digest.hexdigest()[:16]}"
+        partial, folder = Path(tempfile.mkdtemp(prefix=".index-", dir=home)), home / _folder_name(about, splits)
     except OSError:
         return  # a read-only place: the index is built every time
     try:
@@ -320,17 +328,22 @@ def _load_arrays(folder: Path, split: str, layout: str) -> dict[str, np.ndarray]
 
 
 def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
-    "What `keep_index` kept, with its arrays mapped into memory; None where nothing is kept, or the data has changed."
+    "What `keep_index` kept, with its arrays mapped into memory; None where nothing is kept whole, or the data has changed."
     for folder in cache_dir(data_dir).glob("index-*"):
-        try:
-            about, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("about.json", "state.json"))
-            if about["version"] != VERSION or _state(path for path, *_ in state) != state:
-                continue
-            splits = {
-                split: Index(arrays=_load_arrays(folder, split, fields["layout"]), **fields) for split, fields in about["splits"].items()
-            }
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # it is being removed, or of another version: the index is built anew
+        splits, whole = {}, False
+        with contextlib.suppress(Exception):  # damage leads to many kinds
+            try:
+                about, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("about.json", "state.json"))
+                if about["version"] != VERSION or _state(path for path, *_ in state) != state:
+                    continue
+                for split, fields in about["splits"].items():
+                    splits[split] = Index(arrays=_load_arrays(folder, split, fields["layout"]), **fields)
+            except OSError:
+                continue  # it is being removed just now
+            whole = folder.name == _folder_name(about, splits)
+        if not whole:
+            shutil.rmtree(folder, ignore_errors=True)  # it must not count as kept already
+            continue
         for split, index in splits.items():
             index._saved = (folder, split)
         return splits

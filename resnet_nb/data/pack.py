@@ -10,7 +10,6 @@ import errno
 import fcntl
 import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -124,7 +123,7 @@ def _begin(dst: Path, plan: dict) -> dict:
     "What pack.json says, or will say at first, without the parts that are damaged; ValueError where `dst` holds something else."
     path = dst / "pack.json"
     if path.exists():
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = read_json(path, parts=dict)
         if differs := [key for key in (*plan, "drawn", "raw") if about.get(key) != plan.get(key)]:
             raise ValueError(
                 f"{str(dst)!r} holds a pack with another {differs[0]}: {str(about.get(differs[0]))[:80]}; choose another folder, or remove it"

@@ -8,6 +8,7 @@ __all__ = ['FOLDERS', 'SOME', 'BAD', 'find_data_dir', 'make_digits', 'prepare_da
            'read_inspection', 'inspected_indexes', 'unread_problem', 'one_class_problem', 'load_data', 'test_data']
 
 # %% ../../nbs/data/02_splits.ipynb #imports
+import contextlib
 import hashlib
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 
 from ..config import given_path, project_root
 from .formats import Found, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
-from .index import Index, cache_dir, fingerprint, in_parallel, keep_index, kept_index
+from .index import Index, arrays_sha256, cache_dir, fingerprint, in_parallel, keep_index, kept_index
 from ..files import DamagedFile, read_json
 from ..seed import DIGITS, permutation, seed_key
 
@@ -134,6 +135,29 @@ def whole_data(data_dir: str | Path) -> tuple[Index, Index]:
         kept = kept_index(data_dir) or {"train": train, "val": val}  # mapped into memory where they could be kept
     return kept["train"], kept["val"]
 
+# %% ../../nbs/data/02_splits.ipynb #kept_keys
+def _kept_keys(folder: Path, name: str) -> np.ndarray | None:
+    "What `_keep_keys` kept; None where nothing is kept whole."
+    for path in folder.glob(f"{name}-*.npy"):
+        with contextlib.suppress(Exception):  # damaged, or removed just now
+            if path.stem == f"{name}-{arrays_sha256([keys := np.load(path)])}":
+                return keys
+    return None
+
+
+def _keep_keys(folder: Path, name: str, keys: np.ndarray) -> None:
+    "Keep `keys` in place of what was kept, in a file that is named after its sha256, too."
+    path = folder / f"{name}-{arrays_sha256([keys])}.npy"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+        np.save(partial, keys)
+        partial.replace(path)
+        for other in set(folder.glob("content-*.npy")) - {path}:
+            other.unlink(missing_ok=True)
+    except OSError:
+        pass  # a read-only place, or a full disk: they are computed every time
+
 # %% ../../nbs/data/02_splits.ipynb #content_keys
 SOME = 64  # pictures that a thread takes at a time
 
@@ -148,29 +172,15 @@ def content_keys(data_dir: str | Path, index: Index) -> np.ndarray:  # (N,) uint
     files = [os.path.join(index.root, name) for name in index.containers] or [index.where(i) for i in range(len(index))]
     times = np.array([os.stat(path).st_mtime_ns if os.path.exists(path) else 0 for path in files], np.int64)
     state = hashlib.sha256(fingerprint(index).encode() + times.tobytes()).hexdigest()
-    path, now = cache_dir(data_dir) / f"content-{state[:16]}.npy", time.time()
-    try:
-        return np.load(path)
-    except (OSError, ValueError):
-        pass  # not there yet
+    name, now = f"content-{state[:16]}", time.time()
+    if (kept := _kept_keys(cache_dir(data_dir), name)) is not None:
+        return kept
     some = lambda first: [_number(index.read(i)) for i in range(first, min(first + SOME, len(index)))]
     parts = in_parallel(some, range(0, len(index), SOME), f"sha256 of {SOME} pictures each", threads=True)
     keys = np.array([key for part in parts for key in part], np.uint64)
     if times.max(initial=0) < (now - 2) * 1e9:  # a change just now might get the same time
-        _keep_keys(path, keys)
+        _keep_keys(cache_dir(data_dir), name, keys)
     return keys
-
-
-def _keep_keys(path: Path, keys: np.ndarray) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.{os.getpid()}.npy")
-        np.save(partial, keys)
-        partial.replace(path)
-        for other in set(path.parent.glob("content-*.npy")) - {path}:
-            other.unlink(missing_ok=True)
-    except OSError:
-        pass  # a read-only place, or a full disk: they are computed every time
 
 # %% ../../nbs/data/02_splits.ipynb #group_keys
 def group_keys(index: Index, group: str) -> np.ndarray:  # (N,) uint64

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import one_sentence
-from ..files import DamagedFile, read_json
+from ..files import read_json
 from ..run.checkpoints import checkpoints, damage, named_checkpoint
-from ..run.folder import damaged_lines, epoch_steps, first_difference, load_config, read_rows, run_identity
+from ..run.folder import damaged_lines, epoch_steps, first_difference, load_config, read_manifest, read_rows, run_identity
 
 # %% ../../nbs/results/02_compare.ipynb #Finding
 SAME, DIFFERENT, NOT_COMPARABLE, DAMAGED = 0, 1, 2, 3  # exit codes of `resnet-nb verify`
@@ -46,51 +46,52 @@ def _classes(run_dir: Path) -> list[Finding]:
         return []
     found = []
     for before, after in zip(attempts, attempts[1:]):
-        if difference := first_difference(before["numerics_class"], after["numerics_class"]):
+        if difference := first_difference(before.get("numerics_class", {}), after.get("numerics_class", {})):
             name, was, now = difference
             text = f"attempt {after['attempt']} ran under another numerics class: {name} was {_short(was)}, then {_short(now)}"
             found.append(Finding("environment", SAME, text))
     return found
 
-# %% ../../nbs/results/02_compare.ipynb #verify_run
-def _steps(run_dir: Path, values: dict) -> Finding:
-    "Whether the steps follow each other, and are as many as a completed run has; the latter where what the files say is known."
+# %% ../../nbs/results/02_compare.ipynb #verify_steps
+def _written_status(run_dir: Path) -> str:
+    "The status in run.json; DamagedFile where there is none."
+    return read_json(run_dir / "run.json", status=str)["status"]
+
+
+def _steps(run_dir: Path, whole: bool) -> Finding:
+    "Whether the steps follow each other, and are as many as a completed run has; the latter where the files that say it are `whole`."
     steps = [row["step"] for row in read_rows(run_dir, "step")]
     at = next((i for i, step in enumerate(steps) if step != i + 1), None)
     if at is not None:
         return Finding("files", DAMAGED, f"after step {at} comes step {steps[at]}")
-    if not values:
+    if not whole:
         return Finding("files", SAME, f"{len(steps)} steps, without gaps or repeats")
     r = load_config(run_dir).recipe
-    try:
-        total = r.epochs * epoch_steps(run_dir, r)
-    except DamagedFile as error:
-        return Finding("files", DAMAGED, str(error))
+    total, status = r.epochs * epoch_steps(run_dir, r), _written_status(run_dir)
     for event, what, wanted in (("step", "steps", total), ("epoch", "epochs", r.epochs), ("val", "validations", r.epochs)):
-        if values["run.json"]["status"] == "completed" and (there := len(read_rows(run_dir, event))) != wanted:
+        if status == "completed" and (there := len(read_rows(run_dir, event))) != wanted:
             return Finding("files", DAMAGED, f"it is completed, with {there} of {wanted} {what}")
     return Finding("files", SAME, f"{len(steps)} of {total} steps, without gaps or repeats")
 
-
+# %% ../../nbs/results/02_compare.ipynb #verify_run
 def verify_run(run_dir: Path) -> list[Finding]:
     "Findings about one run folder by itself; all SAME where it is whole."
-    found, values = [], {}
-    for name, needed in (("config.json", "recipe"), ("manifest.json", "data"), ("run.json", "status")):
+    found, whole = [], True
+    for name, read in (("config.json", load_config), ("manifest.json", read_manifest), ("run.json", _written_status)):
         try:
-            values[name] = read_json(run_dir / name)
-        except ValueError:
-            values[name] = {}
-        whole = needed in values[name]
-        found.append(
-            Finding("files", SAME if whole else DAMAGED, f"{name} is {'whole' if whole else f'missing, damaged or without {needed!r}'}")
-        )
-    whole = not any(finding.verdict for finding in found)
-    found.append(_steps(run_dir, values if whole else {}))
+            read(run_dir)
+            found.append(Finding("files", SAME, f"{name} is whole"))
+        except ValueError as error:
+            found, whole = [*found, Finding("files", DAMAGED, str(error))], False
+    found.append(_steps(run_dir, whole))
     if lines := damaged_lines(run_dir):
         found.append(Finding("files", DAMAGED, f"metrics.jsonl holds what is no row, in line {', '.join(map(str, lines[:5]))}"))
     found += _classes(run_dir)
-    if (best := run_dir / "checkpoints" / "BEST").exists() and not named_checkpoint(best.read_bytes()):
-        found.append(Finding("files", DAMAGED, "BEST is damaged: it names no checkpoint"))
+    if (best := run_dir / "checkpoints" / "BEST").exists():
+        name = named_checkpoint(best.read_bytes())
+        if not name or not (best.parent / name).is_dir():
+            said = f"BEST names {name}, which is not there" if name else "BEST is damaged: it names no checkpoint"
+            found.append(Finding("files", DAMAGED, said))
     for checkpoint in reversed(checkpoints(run_dir)):
         problem = damage(checkpoint)
         found.append(
@@ -136,7 +137,8 @@ def _compare_steps(a: Path, b: Path, level: str, name: str, show) -> Finding:
 
 
 def _compare_checkpoints(a: Path, b: Path) -> list[Finding]:
-    found, by_step = [], [{path.name: read_json(path / "MANIFEST.json")["tensors"] for path in checkpoints(run)} for run in (a, b)]
+    tensors = lambda checkpoint: read_json(checkpoint / "MANIFEST.json", tensors=dict)["tensors"]
+    found, by_step = [], [{path.name: tensors(path) for path in checkpoints(run)} for run in (a, b)]
     for name in sorted(by_step[0].keys() & by_step[1].keys()):
         difference = first_difference(by_step[0][name], by_step[1][name])
         text = f"first differs {difference[0]}" if difference else f"all {len(by_step[0][name])} tensors have the same sha256"
@@ -164,7 +166,7 @@ def compare_runs(a: Path, b: Path) -> list[Finding]:
 def _facts(run_dir: Path) -> dict:
     "What a run was: recipe, hardware, data, code and packages, flat."
     config, manifest = load_config(run_dir), read_json(run_dir / "manifest.json")
-    attempt = manifest.get("attempts", [{}])[-1]
+    attempt = (manifest.get("attempts") or [{}])[-1]
     parts = {
         "recipe": config.recipe.model_dump(exclude={"expected_acc"}),
         "run": {"seed": config.seed, "numerics": config.numerics, "hw": config.hw},

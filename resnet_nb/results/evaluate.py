@@ -91,7 +91,7 @@ def load_network(
     classes = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)["classes"]
     network = build_model(recipe.arch, len(classes), recipe.dropout, recipe.arch_args)
     load_weights(network, read_weights(checkpoint / STATE))
-    manifest = read_json(checkpoint / "MANIFEST.json")
+    manifest = read_json(checkpoint / "MANIFEST.json", step=int, epoch=int)
     network.classes, network.source = classes, {"run": run_dir.name, "which": which, "step": manifest["step"]}
     network.preprocess = Preprocess(eval_size_at(recipe, manifest["epoch"]), recipe.val_resize, recipe.exif_orientation)
     return plain_batchnorm(network).eval()

@@ -88,6 +88,8 @@ def reveal_checkpoint(run_dir: Path, step: int) -> Path:
 # %% ../../nbs/run/01_checkpoints.ipynb #find_checkpoint
 def damage(checkpoint: Path) -> str:
     "What is wrong with a checkpoint, in a few words; empty where its bytes are those of its manifest."
+    if not checkpoint.is_dir():
+        return "it is not there"
     try:
         listed = read_json(checkpoint / "MANIFEST.json").get("files", {})
         files = [(name, wanted["bytes"], wanted["sha256"]) for name, wanted in listed.items()]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
-           'read_manifest', 'epoch_steps', 'run_identity', 'make_run_dir', 'create_run', 'sign_lock', 'RunBusy',
-           'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows', 'parse_rows', 'all_rows',
-           'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note', 'best_and_last', 'read_status',
-           'mend_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
+           'run_identity', 'read_manifest', 'epoch_steps', 'make_run_dir', 'create_run', 'sign_lock', 'RunBusy',
+           'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows', 'parse_row', 'parse_rows',
+           'all_rows', 'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note', 'best_and_last',
+           'read_status', 'mend_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 import tokenize
+import zlib
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -60,7 +61,7 @@ def run_path(name: str) -> Path:
 
 @one_sentence
 def load_config(run_dir: Path) -> RunConfig:
-    "The run that lives in `run_dir`; raises ValueError where none does, or one that another version wrote."
+    "The run that lives in `run_dir`; raises ValueError where none does, or one that another version wrote, DamagedFile where it can't be read."
     path = Path(run_dir) / "config.json"
     if not path.exists():
         raise ValueError(f"no run in {str(run_dir)!r}: it has no config.json")
@@ -69,15 +70,24 @@ def load_config(run_dir: Path) -> RunConfig:
         raise ValueError(
             f"run {Path(run_dir).name!r} was written by another version of resnet-nb and can't be read; choose another name, or remove {str(run_dir)!r}"
         )
-    return checked(RunConfig, values)
+    try:
+        return checked(RunConfig, values)
+    except ValueError as error:
+        raise DamagedFile(f"{str(path)!r} is damaged, or was edited: {error}; bring it back from a copy of the run") from None
 
 
+def run_identity(config: RunConfig) -> dict:
+    "All that a run is a function of, as a flat dictionary; the data's content is checked where it is read."
+    names = ("seed", "numerics", "stream_version")
+    return config.recipe.model_dump(exclude={"expected_acc"}) | {name: getattr(config, name) for name in names}
+
+# %% ../../nbs/run/00_folder.ipynb #read_manifest
 def read_manifest(run_dir: Path) -> dict:
     "The manifest of a run that has begun; DamagedFile where it does not say what the run learns from, and where."
     path = Path(run_dir) / "manifest.json"
     manifest = read_json(path)
     data, attempts = manifest.get("data"), manifest.get("attempts")
-    if not (isinstance(data, dict) and data.get("train_pictures") and isinstance(attempts, list) and attempts):
+    if not (isinstance(data, dict) and isinstance(data.get("train_pictures"), int) and isinstance(attempts, list) and attempts):
         raise DamagedFile(f"{str(path)!r} is missing, or damaged: it names no data or no attempt; bring it back from a copy of the run")
     return manifest
 
@@ -85,12 +95,6 @@ def read_manifest(run_dir: Path) -> dict:
 def epoch_steps(run_dir: Path, recipe: Recipe) -> int:
     "Optimizer steps in an epoch of a run that has begun; DamagedFile where its manifest does not say how many pictures it learns from."
     return steps_per_epoch(read_manifest(run_dir)["data"]["train_pictures"], recipe.num_microbatches, recipe.microbatch_size)
-
-
-def run_identity(config: RunConfig) -> dict:
-    "All that a run is a function of, as a flat dictionary; the data's content is checked where it is read."
-    names = ("seed", "numerics", "stream_version")
-    return config.recipe.model_dump(exclude={"expected_acc"}) | {name: getattr(config, name) for name in names}
 
 # %% ../../nbs/run/00_folder.ipynb #create_run
 def make_run_dir(name: str) -> Path:
@@ -219,9 +223,9 @@ def wake_supervisor(run_dir: Path) -> bool:
 
 # %% ../../nbs/run/00_folder.ipynb #rows
 def append_rows(run_dir: Path, rows: list[dict]) -> None:
-    "Append `rows` to metrics.jsonl in one write; numbers that are not finite become null."
+    "Append `rows` to metrics.jsonl in one write, each with its sum; numbers that are not finite become null."
     finite = lambda value: None if isinstance(value, float) and not math.isfinite(value) else value
-    text = "".join(json.dumps({key: finite(value) for key, value in row.items()}) + "\n" for row in rows)
+    text = "".join(_with_sum(json.dumps({key: finite(value) for key, value in row.items()})) + "\n" for row in rows)
     path = run_dir / "metrics.jsonl"
     with told_if_full(path, len(text)), open(path, "ab+") as file:
         if file.tell() and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
@@ -229,19 +233,33 @@ def append_rows(run_dir: Path, rows: list[dict]) -> None:
         file.write(text.encode())
 
 
+def _with_sum(line: str) -> str:
+    "A row's JSON, and in it, as the last thing, the CRC-32 of the rest."
+    return f'{line[:-1]}, "crc32": "{zlib.crc32(line.encode()):08x}"}}'
+
+
+def parse_row(line: str) -> dict | None:
+    "The row in a line of JSON; None where a crash has cut it short, a disk has damaged it, or it never was one."
+    found = re.fullmatch(r'(.*), "crc32": "([0-9a-f]{8})"}', line)
+    if found and zlib.crc32(f"{found[1]}}}".encode()) != int(found[2], 16):
+        return None
+    try:
+        row = json.loads(f"{found[1]}}}" if found else line)
+    except (ValueError, RecursionError):
+        return None
+    whole = (
+        isinstance(row, dict)
+        and isinstance(row.get("event"), str)
+        and all(type(row.get(name)) is int for name in ("step", "epoch", "attempt"))
+    )
+    return row if whole else None
+
+
 def parse_rows(text: str) -> list[dict]:
-    "The whole rows among lines of JSON; what a crash has cut short or a disk has damaged is passed over."
-    rows = []
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and {"event", "step", "epoch", "attempt"} <= row.keys():
-            rows.append(row)
-    return rows
+    "The whole rows among lines of JSON; the others are passed over."
+    return [row for line in text.splitlines() if (row := parse_row(line))]
 
-
+# %% ../../nbs/run/00_folder.ipynb #read_rows
 def all_rows(run_dir: Path) -> list[dict]:
     "Every whole row of metrics.jsonl, in order of writing."
     path = run_dir / "metrics.jsonl"
@@ -274,7 +292,7 @@ def damaged_lines(run_dir: Path) -> list[int]:
     "Numbers of the lines of metrics.jsonl, from 1, that are neither rows nor rows that a crash has cut short."
     path = run_dir / "metrics.jsonl"
     lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
-    return [n for n, line in enumerate(lines, 1) if line and not (line.isascii() and (parse_rows(line) or _cut_short(line)))]
+    return [n for n, line in enumerate(lines, 1) if line and not (line.isascii() and (parse_row(line) or _cut_short(line)))]
 
 # %% ../../nbs/run/00_folder.ipynb #best_epoch
 def write_summary(run_dir: Path, more: dict) -> None:
@@ -306,8 +324,9 @@ def best_and_last(run_dir: Path) -> dict:
 
 @one_sentence
 def read_status(run_dir: Path) -> dict:
-    "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers."
-    status = {"status": "created", "reason": "", "attempts": []} | read_json(run_dir / "run.json")
+    "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers; DamagedFile where it says none of this."
+    needed = {"status": str} if (run_dir / "run.json").exists() else {}
+    status = {"status": "created", "reason": "", "attempts": []} | read_json(run_dir / "run.json", **needed)
     if status["status"] == "running" and not is_locked(run_dir):
         word, _, reason = final_note(run_dir, len(status["attempts"])).partition(": ")
         gone = "its processes are gone without a word (killed, or the machine went down)"

@@ -8,7 +8,6 @@ __all__ = ['HERE', 'LOOK', 'LAST', 'listed', 'push', 'pull', 'News', 'mirror_lin
 # %% ../../nbs/run/02_mirror.ipynb #imports
 import contextlib
 import hashlib
-import json
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..config import RunConfig
-from ..files import DamagedFile, free_bytes, no_room, read_json, told_if_full, write_file, write_json
+from ..files import DamagedFile, free_bytes, no_room, parse_json, read_json, told_if_full, write_file, write_json
 from resnet_nb.run.checkpoints import (
     STATE, checkpoints, damage, drop_partial, find_checkpoint, named_checkpoint, partial_path, reveal_checkpoint,
 )  # fmt: skip
@@ -57,7 +56,11 @@ def _push_files(run_dir: Path, place: Place, pushed: dict) -> None:
 def _push_checkpoint(run_dir: Path, place: Place, checkpoint: Path, pushed: dict) -> None:
     "Copy a checkpoint that is not there, verify it, and show it; OSError where other bytes are read back."
     name, manifest = f"checkpoints/{checkpoint.name}", (checkpoint / "MANIFEST.json").read_bytes()
-    shown, state, wanted = f"{name}/MANIFEST.json", f"{name}/{STATE}", json.loads(manifest)["files"][STATE]
+    shown, state, wanted = (
+        f"{name}/MANIFEST.json",
+        f"{name}/{STATE}",
+        parse_json(manifest, f"{name}/MANIFEST.json", files=dict)["files"].get(STATE),
+    )
     if pushed.get(name) == manifest or (there := place.read(shown)) == manifest:
         pushed[name] = manifest
         return
@@ -153,7 +156,7 @@ def _validate_same(place: Place, config: RunConfig) -> None:
     if not listed(place):
         return
     try:
-        other = RunConfig(**json.loads(place.read("config.json")))
+        other = RunConfig(**parse_json(place.read("config.json"), "config.json"))
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the run in {place.url} is damaged, or written by another version of resnet-nb; choose another name ({error})"
