@@ -575,10 +575,10 @@ def _data_page(name: str, config: RunConfig, **parameters) -> None:
 @main.command("lr-find", cls=_Explained)
 @_options
 @JSON
-@click.option("--size", default=0, type=click.IntRange(0), help="Of the images, in px; the recipe's smallest if not given.")
+@click.option("--size", default=0, help="Of the images, in px; the recipe's smallest if not given.")
 @click.option("--lowest", default=1e-5, show_default=True, help="Learning rate of the first step.")
 @click.option("--highest", default=10.0, show_default=True, help="Learning rate of the last step.")
-@click.option("--steps", default=100, show_default=True, type=click.IntRange(10), help="At most: it ends where the loss diverges.")
+@click.option("--steps", default=100, show_default=True, help="At most: it ends where the loss diverges.")
 @click.option("--page/--no-page", default=False, help="Make the notebook page.")
 def lr_find(p, r, y, f, as_json, page, **how):
     "Suggest a learning rate: train for some steps at one that rises, without a run. Ctrl-C ends it with what was found so far."

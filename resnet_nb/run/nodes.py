@@ -60,9 +60,18 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
+def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+    value = environment.get(name) or str(otherwise)
+    if not re.fullmatch(r"\d{1,18}", value):
+        raise ValueError(
+            f"{name}={value!r} is no number, as Slurm sets it; unset it, or say where the machines meet, with -p nodes and -p rdzv"
+        )
+    return int(value)
+
+
 def slurm_step(environment: Mapping[str, str]) -> Slurm | None:
     "The machines of a job step on several nodes; None elsewhere. ValueError where it has several tasks on a node, which would each start all its ranks."
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
     if nodes < 2:
         return None
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
@@ -71,7 +80,11 @@ def slurm_step(environment: Mapping[str, str]) -> Slurm | None:
             f"this Slurm step has {tasks} tasks per node; one is needed, which starts all ranks of its node: srun --ntasks-per-node=1"
         )
     host = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
-    port = 20000 + (7 * int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))) % 10000
+    if not host:
+        raise ValueError(
+            f"this Slurm step has {nodes} nodes, and SLURM_STEP_NODELIST names none; say where they meet, with -p nodes and -p rdzv"
+        )
+    port = 20000 + (7 * _number(environment, "SLURM_JOB_ID", 0) + _number(environment, "SLURM_STEP_ID", 0)) % 10000
     return Slurm(nodes, f"{host}:{port}", environment.get("SLURM_NODEID") == "0")
 
 # %% ../../nbs/run/00_nodes.ipynb #name_here

@@ -100,8 +100,8 @@ def open_place(url: str, name: str) -> Place:
             package = known[protocol]["class"].partition(".")[0]
             remedy = f"{sys.executable} -m pip install {package}" if package != "fsspec" else f"install it: {error}"
             raise ValueError(f"mirror={url!r} needs a package that is not installed; {remedy}") from None
-    if not _is_bucket(files) and Path(root).resolve() == run_path(name).resolve():
-        raise ValueError(f"mirror={url!r} is the folder of runs itself; name another one, on another machine or disk")
+    if not _is_bucket(files) and Path(root).resolve().is_relative_to(run_path("").resolve()):
+        raise ValueError(f"mirror={url!r} lies in the folder of runs itself; name another one, on another machine or disk")
     return Place(f"{url.rstrip('/')}/{name}", files, root.rstrip("/"))
 
 # %% ../../nbs/run/01_place.ipynb #validate_mirror
