@@ -73,9 +73,10 @@ def _parts(annotation: Any) -> list:
 def _is_text(value: str) -> bool:
     "Whether a string is what UTF-8 can hold; names of files may be other bytes."
     try:
-        return bool(value.encode()) or True
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 # %% ../nbs/00_config.ipynb #Strict
 class Strict(BaseModel):

@@ -9,6 +9,7 @@ __all__ = ['TIMM', 'FILES', 'PREFIX', 'AUXILIARY', 'GhostBatchNorm2d', 'GhostBat
            'weights_problem', 'freeze', 'stages', 'depth_of_modules', 'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
+import contextlib
 import fcntl
 import hashlib
 import importlib
@@ -26,7 +27,6 @@ from urllib.parse import urlparse
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -282,7 +282,8 @@ def weights_file(
         fcntl.flock(lock, fcntl.LOCK_EX)  # held by who fetches it
         try:
             if not path.exists():
-                entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+                with contextlib.redirect_stdout(sys.stderr):  # torch says there that it fetches
+                    entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"weights={source!r}: {path.name} could not be fetched ({error}); get {entry.url} elsewhere, and put it into {str(path.parent)!r}"
@@ -301,8 +302,9 @@ def _held(path: Path):
         code = re.search(r"GLOBAL (\S+)", str(error))
         found = f"holds code ({code[1]}), which is not run" if code else "can't be read as tensors alone"
         raise ValueError(f"{found}; save the network's state_dict() alone, best as .safetensors") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"is damaged or no file of weights: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    except Exception as error:  # torch's reader of pickles raises KeyError, IndexError and others for a file that is none
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"is damaged or no file of weights: {said if ' ' in said else repr(error)}") from None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
