@@ -263,7 +263,11 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
     import papermill
     from traitlets.config import Config
 
-    with tempfile.TemporaryDirectory() as folder, launch.variables(**_own_kernel(folder) | environment), told_if_full(target, 0):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        launch.variables(**_own_kernel(folder) | environment),
+        told_if_full(target, 0),
+    ):
         # kernels that begin together may choose the same ports; the path of a socket has less than 104 characters
         sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if len(folder) < 80 else {}
         papermill.execute_notebook(

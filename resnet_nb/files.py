@@ -99,7 +99,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 # %% ../nbs/03_files.ipynb #write_json
 SUM = "sha256_of_the_rest"  # the last name in each file of JSON
-NOUNS = {int: "a whole number", str: "text", list: "a list", dict: "an object"}
+NOUNS = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
 
 
 class DamagedFile(ValueError):
@@ -120,13 +120,13 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def parse_json(data: bytes, where: str, **needed: type) -> dict:
-    "The object in `data`, with a value of its type for each name that is `needed`; DamagedFile where it is not what was written."
+    "The mapping in `data`, with a value of its type for each name that is `needed`; DamagedFile where it is not what was written."
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{where!r} is damaged, it is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise DamagedFile(f"{where!r} is damaged, it holds a {type(value).__name__} where an object is needed")
+        raise DamagedFile(f"{where!r} is damaged, it holds a {type(value).__name__} where a mapping is needed")
     if value.pop(SUM, None) not in (None, _sum(value)):
         raise DamagedFile(f"{where!r} is damaged, or was edited: its {SUM} is not that of the rest; bring it back from a copy")
     for name, kind in needed.items():

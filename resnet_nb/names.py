@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .config import nearest, one_sentence
+from .files import NOUNS
 
 # %% ../nbs/06_names.ipynb #unknown
 def _assigned(source: str) -> set[str]:
@@ -53,10 +54,16 @@ def check_names(
     names: Iterable[str],  # of its parameters
     hint: Callable[[str], str] | None = None,  # for a name that is none; the nearest one if not given
 ) -> None:
-    "Raise ValueError where the notebook was given a parameter under a name that it does not have."
+    "Raise ValueError where the notebook was given a parameter under a name that it does not have, or of another type than its annotation."
     names, asked = {*names}, namespace.setdefault(ASKED, {"passed": None, "refused": []})
     now = len(namespace.get("In", [])) - 1
     for name in sorted(_unknown(namespace, names, asked["passed"], asked["refused"])):
         asked["refused"].append(now)
         raise ValueError(f"unknown parameter {name!r}; {hint(name) if hint else nearest(name, names)}")
+    kinds = {name: kind for name, kind in namespace.get("__annotations__", {}).items() if name in names and name in namespace}
+    for name, kind in kinds.items():
+        value, taken = namespace[name], {float: (float, int), list: (list, tuple)}.get(kind, kind)
+        if kind in NOUNS and (not isinstance(value, taken) or isinstance(value, bool)):
+            as_text = f"; papermill takes it as text with -r {name} {value}" if kind is str and isinstance(value, int | float) else ""
+            raise ValueError(f"{name}={value!r}: needs {NOUNS[kind]}{as_text}")
     asked["passed"] = now

@@ -87,7 +87,8 @@ def read_manifest(run_dir: Path) -> dict:
     path = Path(run_dir) / "manifest.json"
     manifest = read_json(path)
     data, attempts = manifest.get("data"), manifest.get("attempts")
-    if not (isinstance(data, dict) and isinstance(data.get("train_pictures"), int) and isinstance(attempts, list) and attempts):
+    count = data.get("train_pictures") if isinstance(data, dict) else 0
+    if not (isinstance(count, int) and count > 0 and isinstance(attempts, list) and attempts):
         raise DamagedFile(f"{str(path)!r} is missing, or damaged: it names no data or no attempt; bring it back from a copy of the run")
     return manifest
 
