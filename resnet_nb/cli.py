@@ -268,8 +268,8 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
         launch.variables(**_own_kernel(folder) | environment),
         told_if_full(target, 0),
     ):
-        # kernels that begin together may choose the same ports; the path of a socket has less than 104 characters
-        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if len(folder) < 80 else {}
+        # kernels that begin together may choose the same ports; the path of a socket has less than 104 bytes
+        sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if len(os.fsencode(folder)) < 80 else {}
         papermill.execute_notebook(
             _verbatim(source), _verbatim(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
             # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder

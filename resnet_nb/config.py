@@ -70,10 +70,10 @@ def _parts(annotation: Any) -> list:
     return [part for inner in get_args(annotation) for part in _parts(inner)] or [annotation]
 
 
-def _is_text(value: str) -> bool:
-    "Whether a string is what UTF-8 can hold; names of files may be other bytes."
+def _is_text(value: Any) -> bool:
+    "Whether all that a value holds is what UTF-8 can hold; names of files may be other bytes."
     try:
-        value.encode()
+        json.dumps(value, ensure_ascii=False, skipkeys=True, default=str).encode()
     except UnicodeEncodeError:
         return False
     return True
@@ -107,7 +107,7 @@ class Strict(BaseModel):
     @classmethod
     def _plain(cls, values: Any) -> Any:
         for name, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, str) and not _is_text(value):
+            if not _is_text(value):
                 raise ValueError(f"{name}={value!a} holds bytes that are no UTF-8, so it can't be written down; rename the file or folder")
             field = cls.model_fields.get(name)
             kinds = _parts(field.annotation) if field else []

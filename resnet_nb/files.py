@@ -123,11 +123,12 @@ def parse_json(data: bytes, where: str, **needed: type) -> dict:
     "The mapping in `data`, with a value of its type for each name that is `needed`; DamagedFile where it is not what was written."
     try:
         value = json.loads(data)
+        whole = not isinstance(value, dict) or SUM not in value or value.pop(SUM) == _sum(value)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{where!r} is damaged, it is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise DamagedFile(f"{where!r} is damaged, it holds a {type(value).__name__} where a mapping is needed")
-    if value.pop(SUM, None) not in (None, _sum(value)):
+    if not whole:
         raise DamagedFile(f"{where!r} is damaged, or was edited: its {SUM} is not that of the rest; bring it back from a copy")
     for name, kind in needed.items():
         if not isinstance(value.get(name), kind):

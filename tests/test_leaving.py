@@ -20,6 +20,7 @@ import pytest
 from conftest import SMALL
 from jupyter_client import BlockingKernelClient
 
+from resnet_nb.files import read_json, write_json
 from resnet_nb.run import launch
 from resnet_nb.run.folder import all_rows, create_run, is_locked, read_rows, read_status, run_path
 
@@ -378,8 +379,7 @@ def test_another_user_s_run_is_shown_and_nothing_in_its_folder_changes(one, tmp_
     if words and not shutil.which("setpriv"):
         pytest.skip("root may write everywhere, and there is no setpriv")
     run_dir = Path(shutil.copytree(one, tmp_path / "runs" / "theirs", ignore=shutil.ignore_patterns("checkpoints")))
-    status = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(status | {"status": "running"}))  # something that could be mended
+    write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"status": "running"})  # something that could be mended
     (run_dir / "train.ipynb").write_text("{")
     (mine := tmp_path / "mine").mkdir()
     monkeypatch.setenv("RESNET_NB_HOME", str(tmp_path))

@@ -336,10 +336,10 @@ def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
                 about, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("about.json", "state.json"))
                 if about["version"] != VERSION or _state(path for path, *_ in state) != state:
                     continue
-                for split, fields in about["splits"].items():
-                    splits[split] = Index(arrays=_load_arrays(folder, split, fields["layout"]), **fields)
             except OSError:
                 continue  # it is being removed just now
+            for split, fields in about["splits"].items():
+                splits[split] = Index(arrays=_load_arrays(folder, split, fields["layout"]), **fields)
             whole = folder.name == _folder_name(about, splits)
         if not whole:
             shutil.rmtree(folder, ignore_errors=True)  # it must not count as kept already

@@ -9,7 +9,6 @@ __all__ = ['ODD', 'MODES', 'FORMATS', 'OVER', 'CHUNK', 'IMAGENET', 'Picture', 'e
 # %% ../../nbs/data/04_inspect.ipynb #imports
 import hashlib
 import io
-import json
 import os
 import warnings
 from collections import Counter
@@ -26,6 +25,7 @@ from .index import Index, cache_dir, fingerprint, in_parallel
 from resnet_nb.data.splits import (
     BAD, find_data_dir, inspected_indexes, list_data, one_class_problem, prepare_data, read_inspection, spelling_problem, unread_problem,
 )  # fmt: skip
+from ..files import write_json
 from .transforms import BACKGROUND, ORIENTATION, Damaged, TooLarge, decode, is_raw, read_orientation
 
 # %% ../../nbs/data/04_inspect.ipynb #oddities
@@ -253,8 +253,7 @@ def inspect_data(data_dir: str | Path) -> dict:
         "imagenet": compare_with_imagenet(splits) if is_imagenet(found.train.classes) and not is_pack else {},
     }
     report["problems"] = problems(report)
-    partial.write_text(json.dumps(report), encoding="utf-8")
-    partial.replace(folder / "inspection.json")
+    write_json(folder / "inspection.json", report)
     return report
 
 # %% ../../nbs/data/04_inspect.ipynb #inspected

@@ -33,7 +33,7 @@ from ..config import SIZES, Parameters, RunConfig, given_path, one_sentence
 from ..data.formats import is_picture
 from ..data.index import BadPicture, Index, cache_dir
 from ..data.splits import load_data, test_data, whole_data
-from ..data.transforms import decode, eval_picture, load_eval
+from ..data.transforms import ORIENTATION, decode, eval_picture, load_eval
 from ..files import read_json, write_file, write_json
 from ..learn.module import MEAN, STD
 from ..learn.network import FILES, build_model, head_name, load_weights, plain_batchnorm, read_weights, weights_file
@@ -51,9 +51,14 @@ PLAIN = {"HSV": "RGB", "PA": "RGBA", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB"} 
 
 def _as_file(picture: Image.Image) -> bytes:
     "A file without loss, transparency and orientation in it, so that a picture in memory goes the way of files."
+    picture.load()  # a TIFF is turned now, and its EXIF says so
+    turned, upright = picture.getexif().get(ORIENTATION), Image.Exif()  # of the rest, TIFF would take sizes for its own
+    if turned is not None:
+        upright[ORIENTATION] = turned
     picture = picture.convert(PLAIN[picture.mode]) if picture.mode in PLAIN else picture
-    how = {"format": "PNG", "compress_level": 1} if picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else {"format": "TIFF"}
-    picture.save(file := io.BytesIO(), exif=picture.getexif(), **how)
+    png = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+    how = {"format": "PNG", "compress_level": 1} if png else {"format": "TIFF", "compression": "raw"}
+    picture.save(file := io.BytesIO(), exif=upright, **how)
     return file.getvalue()
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from ..config import Recipe, given_path, nearest, one_sentence
 from ..data.index import Index
 from ..data.transforms import load_eval
-from ..files import read_json, write_file, write_json
+from ..files import DamagedFile, read_json, write_file, write_json
 from ..learn.module import MEAN, STD
 from ..learn.network import build_model
 from .evaluate import find_split, load_network, normalised
@@ -126,7 +126,10 @@ def _some_images(network: nn.Module, index: Index, most: int = 64) -> torch.Tens
 # %% ../../nbs/results/03_export.ipynb #others
 def _others(folder: Path, about: dict) -> list[str]:
     "Files of an earlier export that are described by `about`, too; those whose input or checkpoint it does not describe are removed."
-    before = read_json(folder / "preprocessing.json")
+    try:
+        before = read_json(folder / "preprocessing.json")
+    except DamagedFile:  # or edited: it is written anew
+        before = {}
     names = [name for name in before.get("files", []) if name not in about["files"]]
     if before | {"files": about["files"]} == json.loads(json.dumps(about)):
         return names

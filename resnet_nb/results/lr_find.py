@@ -173,11 +173,11 @@ def range_test(
     steps: int = 100,  # at most
 ) -> RangeTest:
     "Train for some steps at a learning rate that rises from `lowest` to `highest`, and say how the loss went; ValueError for what can't be."
-    if not 0 < lowest < highest < math.inf or steps not in STEPS:
+    if not 0 < lowest < highest < math.inf or type(steps) is not int or steps not in STEPS:
         raise ValueError(
             f"lowest={lowest:g}, highest={highest:g}, steps={steps}: needs 0 < lowest < highest, and {STEPS[0]} to {STEPS[-1]:,} steps"
         )
-    if size and size not in SIZES:
+    if size and (type(size) is not int or size not in SIZES):
         raise ValueError(f"size={size!r} must be a whole number of {SIZES[0]} to {SIZES[-1]} px, or 0 for the recipe's smallest")
     r, size = config.recipe, size or min(size for _, size in size_plan(config.recipe))
     alone = config.hardware.model_copy(update={"devices": 1, "nodes": 1})

@@ -128,12 +128,12 @@ def find_checkpoint(run_dir: Path, say: Callable[[str], None] = print) -> Path |
 
 # %% ../../nbs/run/01_checkpoints.ipynb #rotate
 def rotate(run_dir: Path, best_step: int | None, newest: int = 2) -> None:
-    "Remove all checkpoints but the `newest` ones and the one of `best_step`; name the best in BEST."
+    "Name the best checkpoint in BEST, and remove all but that of `best_step` and the `newest` ones."
+    if best_step is not None:  # first, so that it never names one that is gone
+        write_file(run_dir / "checkpoints" / "BEST", checkpoint_path(run_dir, best_step).name + "\n")
     for checkpoint in checkpoints(run_dir)[newest:]:
         if best_step is None or checkpoint != checkpoint_path(run_dir, best_step):
             shutil.rmtree(checkpoint)
-    if best_step is not None:
-        write_file(run_dir / "checkpoints" / "BEST", checkpoint_path(run_dir, best_step).name + "\n")
 
 # %% ../../nbs/run/01_checkpoints.ipynb #best_checkpoint
 def named_checkpoint(best: bytes) -> str:

@@ -73,7 +73,9 @@ def load_config(run_dir: Path) -> RunConfig:
     try:
         return checked(RunConfig, values)
     except ValueError as error:
-        raise DamagedFile(f"{str(path)!r} is damaged, or was edited: {error}; bring it back from a copy of the run") from None
+        raise DamagedFile(
+            f"{str(path)!r} was edited, or written by another version of resnet-nb: {error}; bring it back from a copy, or choose another name"
+        ) from None
 
 
 def run_identity(config: RunConfig) -> dict:
@@ -326,8 +328,8 @@ def best_and_last(run_dir: Path) -> dict:
 @one_sentence
 def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers; DamagedFile where it says none of this."
-    needed = {"status": str} if (run_dir / "run.json").exists() else {}
-    status = {"status": "created", "reason": "", "attempts": []} | read_json(run_dir / "run.json", **needed)
+    path = run_dir / "run.json"
+    status = {"status": "created", "reason": "", "attempts": []} | (read_json(path, status=str) if path.exists() else {})
     if status["status"] == "running" and not is_locked(run_dir):
         word, _, reason = final_note(run_dir, len(status["attempts"])).partition(": ")
         gone = "its processes are gone without a word (killed, or the machine went down)"

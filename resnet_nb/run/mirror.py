@@ -56,11 +56,11 @@ def _push_files(run_dir: Path, place: Place, pushed: dict) -> None:
 def _push_checkpoint(run_dir: Path, place: Place, checkpoint: Path, pushed: dict) -> None:
     "Copy a checkpoint that is not there, verify it, and show it; OSError where other bytes are read back."
     name, manifest = f"checkpoints/{checkpoint.name}", (checkpoint / "MANIFEST.json").read_bytes()
-    shown, state, wanted = (
-        f"{name}/MANIFEST.json",
-        f"{name}/{STATE}",
-        parse_json(manifest, f"{name}/MANIFEST.json", files=dict)["files"].get(STATE),
-    )
+    shown, state = f"{name}/MANIFEST.json", f"{name}/{STATE}"
+    try:
+        wanted = parse_json(manifest, shown, files=dict)["files"].get(STATE)
+    except DamagedFile:
+        return  # it is never whole there
     if pushed.get(name) == manifest or (there := place.read(shown)) == manifest:
         pushed[name] = manifest
         return

@@ -7,6 +7,7 @@ __all__ = ['PLACES', 'addresses', 'can_bind', 'hostname', 'Slurm', 'first_host',
            'meeting', 'interface_to']
 
 # %% ../../nbs/run/00_nodes.ipynb #imports
+import contextlib
 import ipaddress
 import os
 import re
@@ -69,16 +70,20 @@ def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
     return int(value)
 
 
-def slurm_step(environment: Mapping[str, str]) -> Slurm | None:
-    "The machines of a job step on several nodes; None elsewhere. ValueError where it has several tasks on a node, which would each start all its ranks."
-    nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
-    if nodes < 2:
-        return None
+def _insist_on_one_task(environment: Mapping[str, str]) -> None:
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
     if {count.partition("(")[0] for count in tasks.split(",")} != {"1"}:
         raise ValueError(
             f"this Slurm step has {tasks} tasks per node; one is needed, which starts all ranks of its node: srun --ntasks-per-node=1"
         )
+
+
+def slurm_step(environment: Mapping[str, str]) -> Slurm | None:
+    "The machines of a job step on several nodes; None elsewhere. ValueError where it has several tasks on a node, which would each start all its ranks."
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
+    if nodes < 2:
+        return None
+    _insist_on_one_task(environment)
     host = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
     if not host:
         raise ValueError(
@@ -114,7 +119,11 @@ def name_here(name: str, parameters: Parameters, environment: Mapping[str, str] 
         raise ValueError(
             f"nodes={nodes}: say where the machines meet, with -p rdzv HOST:PORT; HOST is the address of one of them, PORT free there"
         )
-    step = None if not environment.get("SLURM_STEP_NUM_NODES") else slurm_step(environment)
+    step = None
+    if environment.get("SLURM_STEP_NUM_NODES", "1") != "1":
+        _insist_on_one_task(environment)
+        with contextlib.suppress(ValueError):  # the machines were named by hand
+            step = slurm_step(environment)
     leads = step.leads if step and step.rdzv == rdzv else can_bind(split_rdzv(rdzv)[0])
     return name.partition("@")[0] + ("" if leads else f"@{hostname()}")
 

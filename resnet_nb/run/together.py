@@ -125,7 +125,7 @@ CHUNK = 2**24  # bytes of a checkpoint that are under way at a time
 
 def holds(folder: Path, files: dict) -> bool:
     "Whether `folder` is a whole checkpoint with these `files`, as a manifest lists them."
-    return read_json(folder / "MANIFEST.json").get("files") == files and not damage(folder)
+    return not damage(folder) and read_json(folder / "MANIFEST.json").get("files") == files
 
 
 def _send(path: Path, group: dist.ProcessGroup) -> None:
