@@ -12,8 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .config import nearest, one_sentence
-from .files import NOUNS
+from .config import NOUNS, nearest, one_sentence
 
 # %% ../nbs/06_names.ipynb #unknown
 def _assigned(source: str) -> set[str]:
