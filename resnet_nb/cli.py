@@ -416,12 +416,12 @@ def _raise_ending(run_dir: Path, problem: BaseException, begun: bool, mended: bo
     raise launch.RunFailed(f"{kind}: {said}")
 
 # %% ../nbs/90_cli.ipynb #detached
-def _detached(run_dir: Path) -> None:
-    "Begin a run that was created, from a process in a session of its own that executes its notebook, and return."
+def _detached(run_dir: Path, given: Iterable[str]) -> None:
+    "Begin a run that was created, from a process in a session of its own that executes its notebook, and return; `given` are the options it was asked for with."
     log = run_dir / "logs" / "command.log"
     with open(log, "wb") as file:
         command = subprocess.Popen(
-            [sys.executable, "-m", "resnet_nb.entry", "train", run_dir.name],
+            [sys.executable, "-m", "resnet_nb.entry", "train", run_dir.name, *given],
             start_new_session=True, env=os.environ | launch.SAFE_PYTHON, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
         )  # fmt: skip
     try:
@@ -466,7 +466,10 @@ def train(name, p, r, y, f, detach):
     if config.hardware.nodes > 1:
         click.echo(f"machines: {machines_line(config)}")
     if detach:
-        return _detached(run_dir)
+        kinds = (("-f", f), ("-y", y), ("-r", r), ("-p", p))
+        return _detached(
+            run_dir, [word for flag, those in kinds for one in those for word in (flag, *([one] if isinstance(one, str) else one))]
+        )
     with _signals(functools.partial(_first, run_dir=run_dir)), _signals(_hung_up, (signal.SIGHUP,)):
         try:
             _train_in_notebook(config, run_dir, template)

@@ -17,9 +17,11 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import SMALL
 from jupyter_client import BlockingKernelClient
 
+from resnet_nb import cli
 from resnet_nb.files import read_json, write_json
 from resnet_nb.run import launch
 from resnet_nb.run.folder import all_rows, create_run, is_locked, read_rows, read_status, run_path
@@ -317,6 +319,17 @@ def test_detached_returns_when_the_run_has_begun_and_its_notebook_is_completed(d
     assert read_status(run_dir)["status"] == "completed" and "image/png" in executed(run_dir)["plot-run"][2]
     _, refused = train("detached-2", data, "--detach", "-p", "hw", "g6")
     assert "did you mean 'g5'?" in refused.communicate(timeout=120)[0] and refused.returncode == 2
+
+
+def test_a_detached_command_asks_for_what_was_asked_for_and_not_for_what_another_wrote(data, home, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "_detached", lambda run_dir, given: asked.append([run_dir.name, *given]))
+    wish = json.dumps({"overrides": SMALL | {"accelerator": "cpu"}})
+    options = ["-y", wish, "-y", "seed: 7", "-r", "data_dir", str(data), "-p", "recipe", "digits"]
+    for name in ("asked", "asked-too"):
+        done = CliRunner().invoke(cli.main, ["train", name, "--detach", *options])
+        assert done.exit_code == 0, done.output
+    assert asked == [["asked", *options], ["asked-too", *options]]
 
 
 def test_a_killed_kernel_leaves_the_command_with_the_run_and_the_notebook_says_so(data, home):
