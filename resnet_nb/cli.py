@@ -371,10 +371,11 @@ def _mend(run_dir: Path) -> bool:
     return mended
 
 # %% ../nbs/90_cli.ipynb #train-in-notebook
-def _train_in_notebook(config: RunConfig, run_dir: Path, template: Path) -> None:
+def _train_in_notebook(config: RunConfig, template: Path) -> None:
     "Execute `template` for a run that was created as `config`; raises what the command ends with, unless the run is completed."
     import papermill
 
+    run_dir = run_path(config.name)
     before, problem, mended = len(read_status(run_dir)["attempts"]), None, False
     parameters = config.parameters.model_dump() | {"name": config.name}
     try:
@@ -466,13 +467,12 @@ def train(name, p, r, y, f, detach):
     if config.hardware.nodes > 1:
         click.echo(f"machines: {machines_line(config)}")
     if detach:
-        kinds = (("-f", f), ("-y", y), ("-r", r), ("-p", p))
-        return _detached(
-            run_dir, [word for flag, those in kinds for one in those for word in (flag, *([one] if isinstance(one, str) else one))]
-        )
+        given = [word for flag, texts in (("-f", f), ("-y", y)) for text in texts for word in (flag, text)]
+        given += [word for flag, pairs in (("-r", r), ("-p", p)) for pair in pairs for word in (flag, *pair)]
+        return _detached(run_dir, given)
     with _signals(functools.partial(_first, run_dir=run_dir)), _signals(_hung_up, (signal.SIGHUP,)):
         try:
-            _train_in_notebook(config, run_dir, template)
+            _train_in_notebook(config, template)
         finally:
             push_page(run_dir, config.hardware.mirror)  # the notebook is whole only now
     _Screen().say(f"done: {_shown(run_dir / 'train.ipynb')} and {_shown(run_dir / 'curves.png')}")

@@ -100,7 +100,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 # %% ../nbs/03_files.ipynb #write_json
-SUM = "sha256_of_the_rest"  # the last name in each file of JSON
+SUM = "sha256_of_the_rest"  # the last name in what `write_json` writes
 
 
 class DamagedFile(ValueError):

@@ -88,7 +88,7 @@ def test_of_a_run_whose_folder_is_renamed_it_is_said_that_it_is_gone(make_config
     run_dir, rename = begun("renamed-too")
     with monkeypatch.context() as patch, lock_run(run_dir), pytest.raises(launch.RunFailed, match=gone):
         patch.setattr(papermill, "execute_notebook", lambda *args, **how: rename() and (run_dir / "train.ipynb").write_text(""))
-        cli._train_in_notebook(load_config(run_dir), run_dir, cli.notebook("train.ipynb"))
+        cli._train_in_notebook(load_config(run_dir), cli.notebook("train.ipynb"))
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,10 @@ def test_of_two_commands_that_begin_one_name_each_means_its_own_run(make_config,
     usual = cli.execute
     with monkeypatch.context() as patch:  # the other one writes the folder while the kernel of the first begins
         patch.setattr(cli, "execute", lambda *args, **environment: (create_run(other), usual(*args, **environment)))
-        cli._train_in_notebook(config, create_run(config), cli.notebook("train.ipynb"))
+        create_run(config)
+        cli._train_in_notebook(config, cli.notebook("train.ipynb"))
     run_dir = run_path("one-name")
     assert load_config(run_dir) == config and read_status(run_dir)["status"] == "completed"
     with pytest.raises(ValueError, match="seed=0, asked for is 1"):
-        cli._train_in_notebook(other, run_dir, cli.notebook("train.ipynb"))
+        cli._train_in_notebook(other, cli.notebook("train.ipynb"))
     assert load_config(run_dir) == config

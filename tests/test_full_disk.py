@@ -165,7 +165,7 @@ def train_without_room(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(papermill, "execute_notebook", full)
-    return lambda run_dir: cli._train_in_notebook(load_config(run_dir), run_dir, cli.notebook("train.ipynb"))
+    return lambda run_dir: cli._train_in_notebook(load_config(run_dir), cli.notebook("train.ipynb"))
 
 
 def test_a_run_is_not_begun_where_its_notebook_has_no_room(make_config, train_without_room):

@@ -321,15 +321,15 @@ def test_detached_returns_when_the_run_has_begun_and_its_notebook_is_completed(d
     assert "did you mean 'g5'?" in refused.communicate(timeout=120)[0] and refused.returncode == 2
 
 
-def test_a_detached_command_asks_for_what_was_asked_for_and_not_for_what_another_wrote(data, home, monkeypatch):
+def test_a_detached_command_asks_for_what_was_asked_for(data, home, monkeypatch):
     asked = []
     monkeypatch.setattr(cli, "_detached", lambda run_dir, given: asked.append([run_dir.name, *given]))
     wish = json.dumps({"overrides": SMALL | {"accelerator": "cpu"}})
-    options = ["-y", wish, "-y", "seed: 7", "-r", "data_dir", str(data), "-p", "recipe", "digits"]
-    for name in ("asked", "asked-too"):
-        done = CliRunner().invoke(cli.main, ["train", name, "--detach", *options])
+    options = lambda seed: ["-y", wish, "-y", f"seed: {seed}", "-r", "data_dir", str(data), "-p", "recipe", "digits"]
+    for name, seed in (("asked", 7), ("asked-too", 8)):
+        done = CliRunner().invoke(cli.main, ["train", name, "--detach", *options(seed)])
         assert done.exit_code == 0, done.output
-    assert asked == [["asked", *options], ["asked-too", *options]]
+    assert asked == [["asked", *options(7)], ["asked-too", *options(8)]]
 
 
 def test_a_killed_kernel_leaves_the_command_with_the_run_and_the_notebook_says_so(data, home):

@@ -217,9 +217,7 @@ def test_callbacks_never_reach_for_another_callback():
 
 
 LONG = {  # exported cells of more than 45 lines, and why they stay whole
-    "data.datamodule ImageNetDataModule": "Lightning's hooks for data",
     "learn.network RunningStats": "a network's statistics, their sum and its way back",
-    "run.recording TextLoggingCallback": "the hooks of one callback",
     "run.recording MetricsCallback": "the hooks of one callback",
     "run.stopping CheckpointCallback": "the hooks of one callback",
 }

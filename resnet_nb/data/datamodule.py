@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREFETCH', 'BUFFERS', 'START', 'torch_resize', 'content_digest', 'KeyedImages', 'KeyedLoader', 'one_ahead', 'rank_of',
-           'make_loader', 'ImageNetDataModule']
+           'make_loader', 'DrawnPictures', 'ImageNetDataModule']
 
 # %% ../../nbs/data/07_datamodule.ipynb #imports
 import signal
@@ -234,17 +234,14 @@ def make_loader(
         pin_memory=bool(trainer) and trainer.strategy.root_device.type == "cuda",
     )
 
-# %% ../../nbs/data/07_datamodule.ipynb #ImageNetDataModule
-class ImageNetDataModule(L.LightningDataModule):
-    "Training and validation pictures of a run; without a trainer those of one rank, from the first step."
+# %% ../../nbs/data/07_datamodule.ipynb #DrawnPictures
+class DrawnPictures(L.LightningDataModule):
+    "Which pictures of a run each microbatch holds, at which size; without a trainer those of one rank, from the first step."
 
     def __init__(self, config: RunConfig):
         super().__init__()
         self.config = config
         self._size: int | None = None  # px; where set by hand, it replaces the recipe's plan
-
-    def prepare_data(self) -> None:
-        prepare_data(self.config.recipe.dataset, self.config.data_dir)
 
     def setup(self, stage: str | None = None) -> None:
         if hasattr(self, "train_index"):  # called by hand before, by whoever needs the classes to build the network
@@ -280,6 +277,13 @@ class ImageNetDataModule(L.LightningDataModule):
     def step_keys(self, step: int) -> list[list[SampleKey]]:
         "The microbatches of optimizer step `step` (from 0), those of all ranks, as keys for `KeyedImages`."
         return list(islice(self._sampler(step, 0, 1), self.config.recipe.num_microbatches))
+
+# %% ../../nbs/data/07_datamodule.ipynb #ImageNetDataModule
+class ImageNetDataModule(DrawnPictures):
+    "Training and validation pictures of a run, decoded and on their way to the device."
+
+    def prepare_data(self) -> None:
+        prepare_data(self.config.recipe.dataset, self.config.data_dir)
 
     def train_dataloader(self) -> KeyedLoader:
         return make_loader(KeyedImages(self.train_index, self.config, train=True), self.train_sampler(), self.config, self.trainer)

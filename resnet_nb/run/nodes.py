@@ -46,6 +46,25 @@ def hostname() -> str:
     "This machine's name, as it may stand in the name of a folder."
     return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64] or "host"
 
+# %% ../../nbs/run/00_nodes.ipynb #slurm_variables
+def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
+    "What Slurm says of itself under `name`; ValueError where that is no number."
+    value = environment.get(name) or str(otherwise)
+    if not re.fullmatch(r"\d{1,18}", value):
+        raise ValueError(
+            f"{name}={value!r} is no number, as Slurm sets it; unset it, or say where the machines meet, with -p nodes and -p rdzv"
+        )
+    return int(value)
+
+
+def _insist_on_one_task(environment: Mapping[str, str]) -> None:
+    "ValueError where the step has several tasks on a node, which would each start all its ranks."
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
+    if {count.partition("(")[0] for count in tasks.split(",")} != {"1"}:
+        raise ValueError(
+            f"this Slurm step has {tasks} tasks per node; one is needed, which starts all ranks of its node: srun --ntasks-per-node=1"
+        )
+
 # %% ../../nbs/run/00_nodes.ipynb #slurm_step
 class Slurm(NamedTuple):
     "What Slurm says of the job step that this process belongs to."
@@ -61,25 +80,8 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
-def _number(environment: Mapping[str, str], name: str, otherwise: int) -> int:
-    value = environment.get(name) or str(otherwise)
-    if not re.fullmatch(r"\d{1,18}", value):
-        raise ValueError(
-            f"{name}={value!r} is no number, as Slurm sets it; unset it, or say where the machines meet, with -p nodes and -p rdzv"
-        )
-    return int(value)
-
-
-def _insist_on_one_task(environment: Mapping[str, str]) -> None:
-    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
-    if {count.partition("(")[0] for count in tasks.split(",")} != {"1"}:
-        raise ValueError(
-            f"this Slurm step has {tasks} tasks per node; one is needed, which starts all ranks of its node: srun --ntasks-per-node=1"
-        )
-
-
 def slurm_step(environment: Mapping[str, str]) -> Slurm | None:
-    "The machines of a job step on several nodes; None elsewhere. ValueError where it has several tasks on a node, which would each start all its ranks."
+    "The machines of a job step on several nodes; None elsewhere. ValueError where its variables say nothing clear, or name several tasks on a node."
     nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
     if nodes < 2:
         return None
@@ -120,7 +122,7 @@ def name_here(name: str, parameters: Parameters, environment: Mapping[str, str] 
             f"nodes={nodes}: say where the machines meet, with -p rdzv HOST:PORT; HOST is the address of one of them, PORT free there"
         )
     step = None
-    if environment.get("SLURM_STEP_NUM_NODES", "1") != "1":
+    if (environment.get("SLURM_STEP_NUM_NODES") or "1") != "1":
         _insist_on_one_task(environment)
         with contextlib.suppress(ValueError):  # the machines were named by hand
             step = slurm_step(environment)
