@@ -209,13 +209,21 @@ def test_a_killed_run_goes_on_to_the_same_bits_on_another_world_size(at, make_co
     assert [row["epoch"] for row in read_json(run_dir / "metrics.json")["val"]] == [0, 1]
 
 
-def test_exact_bits_hold_with_lookahead_after_a_stop(make_config):
+@pytest.mark.parametrize(
+    "kept, how, control",
+    [
+        ("lookahead_slow_buff", {"optimizer": "radam", "lookahead": 3}, {"lookahead": 0}),
+        ("momentum_buffer", {"optimizer": "muon"}, {"optimizer": "sgd"}),
+    ],
+    ids=["lookahead", "muon"],
+)
+def test_exact_bits_hold_with_optimizers_of_timm_after_a_stop(make_config, request, kept, how, control):
     pytest.importorskip("timm")
-    how = SHORT | {"optimizer": "radam", "lookahead": 3, "peak_lr": 1e-3, "devices": 1}
-    whole = launch.train(make_config("lookahead", numerics="exact", **how))
-    assert "network.conv1.weight lookahead_slow_buff" in tensors(whole)
-    run_dir = stopped_at_once(make_config("lookahead-stopped", numerics="exact", **how))
-    launch.train(make_config("lookahead-stopped", numerics="exact", **(how | {"devices": 2})))
+    name, how = request.node.callspec.id, SHORT | how | {"peak_lr": 1e-3, "devices": 1}
+    whole = launch.train(make_config(name, numerics="exact", **how))
+    assert f"network.conv1.weight {kept}" in tensors(whole)
+    run_dir = stopped_at_once(make_config(f"{name}-stopped", numerics="exact", **how))
+    launch.train(make_config(f"{name}-stopped", numerics="exact", **(how | {"devices": 2})))
     assert tensors(run_dir) == tensors(whole)
-    without = launch.train(make_config("no-lookahead", numerics="exact", **(how | {"lookahead": 0})))
+    without = launch.train(make_config(f"no-{name}", numerics="exact", **(how | control)))
     assert tensors(without)["network.conv1.weight"] != tensors(whole)["network.conv1.weight"]

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from ..config import Recipe, RunConfig
-from .network import RunningStats, build_model, freeze, param_groups, stages, start_from, timm_layers
+from .network import RunningStats, build_model, freeze, head_name, param_groups, stages, start_from, timm_layers
 from .numerics import UNIT, GradientSum, NotANumber, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
 from ..schedule import is_frozen, lr_at, size_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
@@ -135,6 +135,19 @@ def _of_timm(name: str):
     return getattr(importlib.import_module("timm.optim"), name)
 
 
+def _muon(network: nn.Module, groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
+    "Steps whose matrices are orthogonal (Jordan et al. 2024), as large as AdamW's (Liu et al. 2025); the head, norms and biases learn by NAdamW."
+    head = set(network.get_submodule(head_name(network)).parameters())
+    groups = [
+        group | {"params": those, "use_fallback": of_head}
+        for group in groups
+        for of_head in (False, True)
+        if (those := [p for p in group["params"] if (p in head) == of_head])
+    ]
+    how = {"lr": recipe.peak_lr, "betas": recipe.betas, "eps": recipe.eps, "momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
+    return _of_timm("Muon")(groups, **how)
+
+
 def make_optimizer(network: nn.Module, recipe: Recipe, steps_per_epoch: int) -> dict:
     "What `configure_optimizers` returns to Lightning: the recipe's optimizer, and its learning rate at every step."
     rates = [recipe.peak_lr * recipe.backbone_lr_share] if recipe.backbone_lr_share != 1 else None
@@ -148,6 +161,8 @@ def make_optimizer(network: nn.Module, recipe: Recipe, steps_per_epoch: int) -> 
         optimizer = torch.optim.AdamW(groups, **adaptive)
     elif recipe.optimizer == "radam":
         optimizer = torch.optim.RAdam(groups, **adaptive, decoupled_weight_decay=True)
+    elif recipe.optimizer == "muon":
+        optimizer = _muon(network, groups, recipe)
     else:
         optimizer = _of_timm("Lamb")(groups, **adaptive, decoupled_decay=True)
     if recipe.lookahead:

@@ -187,7 +187,7 @@ def step_size(config: RunConfig, ask: Callable = ask_torch) -> tuple[int, float]
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     "What a checkpoint holds: weights, what the optimizer keeps, and averages."
     r = config.recipe
-    return 4 * parameters * (1 + (1 if r.optimizer == "sgd" else 2) + bool(r.lookahead) + bool(r.ema_decay))
+    return 4 * parameters * (1 + (1 if r.optimizer in ("sgd", "muon") else 2) + bool(r.lookahead) + bool(r.ema_decay))
 
 
 def step_memory(config: RunConfig, parameters: int, per_pixel: float) -> int:

@@ -163,7 +163,7 @@ def validate_arch(recipe: Recipe, ask: Callable = ask_torch) -> None:
         what = f"{recipe.arch!r}, {sizes!r}, {recipe.dropout!r}, {recipe.arch_args!r}"
         if problem := ask(f"__import__('resnet_nb.learn.network', fromlist=['model']).arch_problem({what})"):
             raise ValueError(problem)
-    if recipe.optimizer == "lamb" or recipe.lookahead:
+    if recipe.optimizer in ("lamb", "muon") or recipe.lookahead:
         if problem := ask("__import__('resnet_nb.learn.network', fromlist=['model']).timm_problem()"):
             raise ValueError(problem)
 
