@@ -18,13 +18,13 @@ setup: .venv/done  # install everything into .venv; every other target does it f
 	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev]'
 	touch $@
 
-GIVEN := hw recipe name data_dir seed numerics overrides
+GIVEN := hw recipe name data_dir seed numerics nodes rdzv overrides
+SAID = $(foreach v,$(GIVEN),$(if $($(v)),$(v)))
 UNKNOWN = $(strip $(foreach v,$(filter-out $(GIVEN) PYTHON TORCH,$(.VARIABLES)),$(if $(findstring command line,$(origin $(v))),$(v))))
 # make train hw=cpu2 recipe=imagenette name=first data_dir=/pictures seed=1 numerics=close overrides='{epochs: 2}'
-train: setup  # train, into runs/NAME; hw= recipe= name= data_dir= seed= numerics= overrides= say what and where
+train: setup  # train, into runs/NAME; hw= recipe= name= data_dir= seed= numerics= nodes= rdzv= overrides= say what and where
 	$(if $(UNKNOWN),$(error make train does not know $(UNKNOWN:%=%=); it takes $(GIVEN:%=%=), fields of a recipe go into overrides='{epochs: 2}'))
-	$(BIN)/resnet-nb train $(foreach p,hw recipe name data_dir numerics,$(if $($(p)),-r $(p) '$($(p))')) \
-	  $(if $(seed),-p seed '$(seed)') $(if $(overrides),-y 'overrides: $(overrides)')
+	$(BIN)/resnet-nb train $(foreach v,$(SAID),$(if $(filter seed nodes overrides,$(v)),-p,-r) $(v) '$($(v))')
 
 lab: setup  # open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/train.ipynb

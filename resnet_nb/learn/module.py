@@ -128,7 +128,7 @@ class StepSums:
         digest, content = (f"{number % 2**64:016x}" for number in seen)
         return {"train/step_loss": mean, "digest": digest, "content": content} | ({"stats_not_held": unheld} if unheld else {})
 
-# %% ../../nbs/learn/02_module.ipynb #make_optimizer
+# %% ../../nbs/learn/02_module.ipynb #muon
 def _of_timm(name: str):
     "An optimizer of timm; ValueError where timm is not installed."
     timm_layers()
@@ -147,7 +147,7 @@ def _muon(network: nn.Module, groups: list[dict], recipe: Recipe) -> torch.optim
     how = {"lr": recipe.peak_lr, "betas": recipe.betas, "eps": recipe.eps, "momentum": recipe.momentum, "nesterov": recipe.momentum > 0}
     return _of_timm("Muon")(groups, **how)
 
-
+# %% ../../nbs/learn/02_module.ipynb #make_optimizer
 def make_optimizer(network: nn.Module, recipe: Recipe, steps_per_epoch: int) -> dict:
     "What `configure_optimizers` returns to Lightning: the recipe's optimizer, and its learning rate at every step."
     rates = [recipe.peak_lr * recipe.backbone_lr_share] if recipe.backbone_lr_share != 1 else None
