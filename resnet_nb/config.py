@@ -337,11 +337,16 @@ class Recipe(Augmentation, Learning, Network):  # pydantic lists the fields of t
         return self.num_microbatches * self.microbatch_size
 
 # %% ../nbs/00_config.ipynb #RECIPES
-VARIANT = {"act_layer": "gelu", "stem_type": "deep", "avg_down": True}  # of timm's ResNets: one that learns much in few epochs
-MUON: dict[str, Any] = {  # and what goes with it, for few epochs
-    "arch": "timm/resnet18", "val_resize": 8 / 7, "num_microbatches": 2, "microbatch_size": 32,
+VARIANT = {
+    "act_layer": "gelu",
+    "stem_type": "deep",
+    "stem_width": 32,
+    "avg_down": True,
+}  # of timm's ResNets: one that learns much in few epochs
+MUON: dict[str, Any] = {  # what it learns by
+    "dataset": "imagenette", "arch": "timm/resnet18", "arch_args": VARIANT, "num_microbatches": 2, "microbatch_size": 32, "val_resize": 8 / 7,
     "optimizer": "muon", "momentum": 0.95, "betas": (0.9, 0.99), "peak_lr": 5e-3, "weight_decay": 1e-2, "schedule": "flat_cosine",
-    "label_smoothing": 0.1, "crop_ratio": (0.9, 1.111), "flip": "alternating", "ema_decay": 0.96,
+    "label_smoothing": 0.1, "crop_scale": (0.5, 1.0), "crop_ratio": (0.9, 1.111), "flip": "alternating", "ema_decay": 0.96,
 }  # fmt: skip
 RECIPES = {
     "digits": Recipe(
@@ -354,14 +359,11 @@ RECIPES = {
         num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 10,
         label_smoothing=0.1, crop_scale=(0.25, 1.0),
     ),
-    "imagenette-5": Recipe(dataset="imagenette", epochs=5, image_sizes=(128,), arch_args=VARIANT | {"stem_width": 32}, crop_scale=(0.5, 1.0), **MUON),
-    "imagenette-20": Recipe(
-        dataset="imagenette", epochs=20, image_sizes=(64, 96, 128, 128), arch_args=VARIANT | {"stem_width": 32}, crop_scale=(0.35, 1.0),
-        **MUON,
-    ),
+    "imagenette-5": Recipe(**MUON, epochs=5, image_sizes=(128,), expected_acc=0.87),
+    "imagenette-20": Recipe(**MUON | {"crop_scale": (0.35, 1.0)}, epochs=20, image_sizes=(64, 96, 128, 128), expected_acc=0.91),
     "imagenette-fast": Recipe(
-        dataset="imagenette", epochs=5, image_sizes=(64, 64, 64, 96, 112), arch_args=VARIANT | {"stem_width": 16, "channels": [64, 128, 256, 320]},
-        crop_scale=(0.5, 1.0), **MUON,
+        **MUON | {"arch_args": VARIANT | {"stem_width": 16, "channels": [64, 128, 256, 320]}}, epochs=5, image_sizes=(64, 64, 64, 96, 112),
+        expected_acc=0.84,
     ),
     "photos": Recipe(
         dataset="photos", arch="resnet18", epochs=40, image_sizes=(128, 160, 192), val_resize=8 / 7,
@@ -463,9 +465,9 @@ HARDWARE = {
 ABOUT = {  # what a recipe is for, and the accuracy that a whole run of it has reached
     "digits": ("the embedded default", "99.4 % (one run)"),
     "imagenette": ("ten classes of ImageNet", "not measured"),
-    "imagenette-5": ("the same in five epochs; needs timm", "not measured"),
+    "imagenette-5": ("the same in five epochs; needs timm", "88.2 % (three runs)"),
     "imagenette-20": ("the same in twenty; needs timm", "not measured"),
-    "imagenette-fast": ("the same in minutes on two cores; timm", "not measured"),
+    "imagenette-fast": ("the same in minutes on two cores; timm", "85.4 % (three runs)"),
     "photos": ("pictures of your own, from nothing", "not measured"),
     "finetune": ("pictures of your own, from trained weights", "not measured"),
     "imagenet": ("a thousand classes", "not measured"),
