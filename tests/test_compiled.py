@@ -6,8 +6,9 @@ from conftest import run_here
 from torch import nn
 
 from resnet_nb.files import read_json
+from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
-from resnet_nb.run.folder import read_rows
+from resnet_nb.run.folder import load_config, read_rows
 
 # 96 pictures in 4 steps of 5 microbatches: some have 5, some 4; 23 validation pictures in batches of 5 and a last one of 3
 UNEVEN = {"epochs": 3, "image_sizes": [16, 24, 24], "num_microbatches": 5, "microbatch_size": 5}
@@ -28,14 +29,16 @@ def here(make_config, monkeypatch):
     return train
 
 
-def test_a_network_is_compiled_once_for_each_size_length_and_mode(here, capfd):
+def test_a_network_is_compiled_once_for_each_size_length_and_mode(here):
     counted = torch._dynamo.utils.counters
     torch._dynamo.reset()
     counted.clear()
     compiled = here("compiled", compile=True)
     assert counted["stats"]["unique_graphs"] == 2 * (2 + 2)  # sizes x (lengths in training + in validation)
-    said = capfd.readouterr().out
-    assert [f"Compiled for {size} px" in said for size in (16, 24, 32)] == [True, True, False]
+    epochs = read_rows(compiled, "epoch")  # ahead of its first epoch of each size, and told apart from training
+    assert [row.get("compile_seconds", 0) > 0 for row in epochs] == [True, True, False]
+    said = [launch.epoch_line(load_config(compiled), train, val) for train, val in zip(epochs, read_rows(compiled, "val"))]
+    assert ["s of compiling" in line for line in said] == [True, True, False]
     counted.clear()
     plain = here("not-compiled")
     assert counted["stats"]["unique_graphs"] == 0
@@ -43,6 +46,11 @@ def test_a_network_is_compiled_once_for_each_size_length_and_mode(here, capfd):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3) and losses[0] != pytest.approx(losses[1][::-1], rel=1e-3)
     names = [read_json(checkpoints(run)[0] / "MANIFEST.json")["tensors"].keys() for run in (compiled, plain)]
     assert names[0] == names[1]
+    counted.clear()
+    torch._dynamo.reset()
+    frozen = here("compiled-frozen", compile=True, weights=str(plain), freeze_epochs=1)  # compiled as it then learns, not for nothing
+    assert counted["stats"]["unique_graphs"] == 2 * (2 + 2)
+    assert [row.get("compile_seconds", 0) > 0 for row in read_rows(frozen, "epoch")] == [True, True, False]
 
 
 def test_exact_numerics_refuse_it(make_config):

@@ -14,7 +14,6 @@ import time
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -164,7 +163,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe, steps_per_epoch: int) -> 
     elif recipe.optimizer == "muon":
         optimizer = _muon(network, groups, recipe)
     else:
-        optimizer = _of_timm("Lamb")(groups, **adaptive, decoupled_decay=True)
+        optimizer = _of_timm("Lamb")(groups, **adaptive, decoupled_decay=True, max_grad_norm=None)  # which clip_norm sets
     if recipe.lookahead:
         optimizer = _of_timm("Lookahead")(optimizer, alpha=0.5, k=recipe.lookahead)
     scheduler = LambdaLR(optimizer, lambda step: lr_at(recipe, step, steps_per_epoch) / recipe.peak_lr)
@@ -314,14 +313,16 @@ class LearningClassifier(EvaluatedClassifier):
         gradient_sum.seconds = seconds
         return gradient_sum
 
-    def on_train_batch_start(self, batch, batch_idx: int) -> None:
-        frozen = is_frozen(self.config.recipe, self.global_step // self.steps_per_epoch)
-        if frozen != self.frozen:  # at the first microbatch of an epoch, or of a resume: on all ranks
-            self.frozen = frozen
-            freeze(self.network, frozen, frozen or self.config.recipe.freeze_norm)
+    def set_frozen(self, *_) -> None:
+        "Fix or free what the recipe says for the epoch of the next step; a change comes at the beginning of an epoch or a resume, on all ranks."
+        before, self.frozen = self.frozen, is_frozen(self.config.recipe, self.global_step // self.steps_per_epoch)
+        if self.frozen != before:
+            freeze(self.network, self.frozen, self.frozen or self.config.recipe.freeze_norm)
             if self.gradient_sum:
                 self.gradient_sum = self._gradient_sum(self.gradient_sum.seconds)
             rebuild_ddp(self.trainer.strategy)
+
+    on_train_batch_start = set_frozen
 
     def loss(self, logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:  # ()
         "Mean over the microbatch's pictures; with class weights not over what they weigh, which differs between microbatches."
@@ -376,17 +377,30 @@ class CompiledClassifier(JudgedClassifier):
 
     def __init__(self, config: RunConfig, num_classes: int, steps_per_epoch: int, class_counts=None):
         super().__init__(config, num_classes, steps_per_epoch, class_counts)
-        self.compiled: set[int] = set()  # px
+        self.compiled: set[tuple[int, bool]] = set()  # px, and whether all but the head was frozen
+        self.compile_seconds = 0.0  # so far
+
+    def on_train_start(self) -> None:
+        if self.global_step % self.steps_per_epoch:  # a resume in the middle of an epoch, of which no on_train_epoch_start comes
+            self.compile_ahead()
 
     def on_train_epoch_start(self) -> None:
         self.step_sums.begin_epoch()
-        if self.config.hardware.compile and (size := size_at(self.config.recipe, self.current_epoch)) not in self.compiled:
-            seconds = self._compile(size)
-            rank_zero_only(print)(f"🔧 Compiled for {size} px in {seconds:.0f} s", flush=True)
+        self.compile_ahead()
 
-    def _compile(self, size: int) -> float:
-        "Have the network compiled for training on images of `size` px, whose microbatches have one of two lengths; returns the seconds."
-        started = time.monotonic()
+    def compile_ahead(self) -> None:
+        "Have the network compiled for the training of this epoch, where the profile asks for that and it has not been."
+        if self.config.hardware.compile:
+            self.set_frozen()
+            size = size_at(self.config.recipe, self.current_epoch)
+            if (size, self.frozen) not in self.compiled:
+                started = time.monotonic()
+                self._compile(size)
+                self.compiled.add((size, self.frozen))
+                self.compile_seconds += time.monotonic() - started
+
+    def _compile(self, size: int) -> None:
+        "Make a forward and a backward pass on images of `size` px, for each of the two lengths that microbatches have."
         wanted = [p for p in self.network.parameters() if p.requires_grad]
         self.step_sums.begin()
         for length in set(map(len, self.trainer.datamodule.train_sampler().places)):
@@ -394,8 +408,6 @@ class CompiledClassifier(JudgedClassifier):
             with self.trainer.precision_plugin.forward_context():
                 total = self(images).float().sum()
             torch.autograd.grad(total, wanted)  # past the hooks of DDP
-        self.compiled.add(size)
-        return time.monotonic() - started
 
 # %% ../../nbs/learn/02_module.ipynb #ResNetModule
 class ResNetModule(CompiledClassifier):

@@ -6,6 +6,7 @@
 __all__ = ['Spread', 'spread', 'planned', 'run_seeds', 'last_accuracies', 'seed_lines']
 
 # %% ../../nbs/results/05_seeds.ipynb #imports
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from ..config import NAME, Parameters, checked
+from ..config import NAME, Parameters, RunConfig, checked
 from ..run import launch
-from ..run.folder import read_rows, read_status
+from ..run.folder import has_trained, insist_same, load_config, read_rows, read_status, run_path
 from ..run.plan import resolve, validate
 
 # %% ../../nbs/results/05_seeds.ipynb #Spread
@@ -32,7 +33,7 @@ class Spread(NamedTuple):
     def __str__(self) -> str:
         if self.seeds < 2:
             return f"{self.mean:.2%} (one seed)"
-        return f"{self.mean:.2%} ± {self.sd:.2%} ({self.seeds} seeds, mean within {self.low:.2%} to {self.high:.2%})"
+        return f"{self.mean:.2%} ± {self.sd:.2%} ({self.seeds} seeds, mean within {max(0, self.low):.2%} to {min(1, self.high):.2%})"
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -45,52 +46,81 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(count, mean, sd, mean - half, mean + half)
 
 # %% ../../nbs/results/05_seeds.ipynb #planned
+def _run_names(stem: str, variant: str, seeds: Sequence[int]) -> list[str]:
+    "Names of the runs of a variant; ValueError where `stem` leaves no room for them. What is long is cut, and ends with its sha256."
+    label, room = re.sub(r"[^A-Za-z0-9._-]+", "-", variant).strip("-._"), 64 - len(f"{stem}--seed-{max(seeds)}")
+    if len(label) > room:
+        label = f"{label[: max(0, room - 9)]}-{hashlib.sha256(variant.encode()).hexdigest()[:8]}"
+    names = ["-".join(filter(None, (stem, label, f"seed-{seed}"))) for seed in seeds]
+    if not all(NAME.fullmatch(name) for name in names):
+        raise ValueError(f"run name {names[-1]!r} is not allowed: give a shorter -p name NAME of letters, digits, '.', '_' or '-'")
+    return names
+
+
 def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> dict[str, list[Parameters]]:
     "For each variant, which is a mapping of overrides, the parameters of its seeds; ValueError for what can't be."
     if count < 1:
         raise ValueError(f"count={count}: needs at least one seed")
-    found: dict[str, list[Parameters]] = {}
-    stem = parameters.name or f"{Path(parameters.recipe).stem or 'default'}-{parameters.hw}"
+    # said by name, since a run that has a name and no recipe would be what that name was before
+    recipe = parameters.recipe or resolve(parameters.model_copy(update={"name": ""})).recipe_name
+    stem = parameters.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{Path(recipe).stem}-{parameters.hw}").strip("-._")
+    seeds, found = range(parameters.seed, parameters.seed + count), {}
     for variant in variants or [{}]:
         said = ", ".join(f"{name}: {value}" for name, value in variant.items()) or "as it is"
-        label = re.sub(r"[^A-Za-z0-9._-]+", "-", said).strip("-._") if variant else ""
-        names = ["-".join(filter(None, (stem, label, f"seed-{parameters.seed + k}"))) for k in range(count)]
-        if not all(NAME.fullmatch(name) for name in names):
-            raise ValueError(f"run name {names[-1]!r} is not allowed: give a shorter -p name NAME of letters, digits, '.', '_' or '-'")
-        each = {"overrides": parameters.overrides | dict(variant)}
-        found[said] = [
-            checked(Parameters, parameters.model_dump() | each | {"name": name, "seed": parameters.seed + k})
-            for k, name in enumerate(names)
-        ]
+        if said in found:
+            raise ValueError(f"variant {said!r} is given twice")
+        each = parameters.model_dump() | {"recipe": recipe, "overrides": parameters.overrides | dict(variant)}
+        names = _run_names(stem, said if variant else "", seeds)
+        found[said] = [checked(Parameters, each | {"name": name, "seed": seed}) for name, seed in zip(names, seeds)]
     return found
 
 # %% ../../nbs/results/05_seeds.ipynb #run_seeds
+def _validate_same(config: RunConfig) -> None:
+    "ValueError where a run of this name has trained otherwise, in another precision, too: its numbers are not those that are asked for."
+    insist_same(config)
+    if has_trained(run := run_path(config.name)) and (was := load_config(run).hardware.precision) != config.hardware.precision:
+        raise ValueError(
+            f"run {config.name!r} was trained with precision={was!r}, asked for is {config.hardware.precision!r}; choose another -p name"
+        )
+
+
 def run_seeds(
     parameters: Parameters,  # its seed is the first one
     count: int,  # of seeds
     variants: Sequence[Mapping] = (),  # of overrides; none: the recipe as it is
     show: Callable[[str], None] = print,
 ) -> dict[str, list[Path]]:
-    "Folders of finished runs for each variant, one for each seed; all are validated before the first one starts."
+    "Folders of runs for each variant, one for each seed, finished or ended by a loss that is no number; all are validated before the first one starts."
     runs = {said: [resolve(p) for p in each] for said, each in planned(parameters, count, variants).items()}
-    for first, *_ in runs.values():
-        validate(first)
+    for configs in runs.values():
+        validate(configs[0])
+        for config in configs:
+            _validate_same(config)
     for config in (config for configs in runs.values() for config in configs):
         show(config.name)
-        launch.train(config, show=show)
-    return {said: [launch.run_path(config.name) for config in configs] for said, configs in runs.items()}
+        try:
+            launch.train(config, show=show)
+        except launch.RunFailed as error:
+            if error.code != launch.CODES["FloatingPointError"]:
+                raise
+            show(str(error))
+    return {said: [run_path(config.name) for config in configs] for said, configs in runs.items()}
 
 # %% ../../nbs/results/05_seeds.ipynb #seed_lines
-def last_accuracies(runs: Sequence[Path]) -> list[float]:
-    "Validation accuracy after the last epoch of each run: not the best one, which would be chosen by the pictures that it is judged on."
-    return [read_rows(run, "val")[-1]["val/acc"] for run in runs]
+def last_accuracies(runs: Sequence[Path]) -> list[float | None]:
+    """Validation accuracy after the last epoch of each run, not the best one, which would be chosen by the pictures that it is judged on.
+
+    None for a run that has not come to its end."""
+    return [read_rows(run, "val")[-1]["val/acc"] if read_status(run)["status"] == "completed" else None for run in runs]
 
 
 def seed_lines(runs: Mapping[str, Sequence[Path]]) -> list[str]:
-    "A line for each variant: accuracy over seeds, CPU time of a run, and the accuracy of each seed."
+    "A line for each variant: accuracy over its finished seeds, CPU time of a run, and the accuracy of each seed."
     width, lines = max(len(said) for said in runs), []
     for said, folders in runs.items():
         values = last_accuracies(folders)
+        finished = [value for value in values if value is not None]
         seconds = np.mean([sum(attempt.get("cpu_seconds", 0) for attempt in read_status(run)["attempts"]) for run in folders])
-        lines.append(f"{said:<{width}}  {spread(values)}, {seconds:,.0f} CPU s each: {', '.join(f'{value:.2%}' for value in values)}")
+        each = ", ".join("no number" if value is None else f"{value:.2%}" for value in values)
+        lines.append(f"{said:<{width}}  {spread(finished) if finished else 'none finished'}, {seconds:,.0f} CPU s each: {each}")
     return lines

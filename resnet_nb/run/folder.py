@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
-           'run_identity', 'read_manifest', 'epoch_steps', 'make_run_dir', 'create_run', 'sign_lock', 'RunBusy',
-           'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows', 'parse_row', 'parse_rows',
-           'all_rows', 'read_rows', 'damaged_lines', 'write_summary', 'best_epoch', 'final_note', 'best_and_last',
-           'read_status', 'mend_status', 'write_status', 'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
+           'run_identity', 'read_manifest', 'epoch_steps', 'has_trained', 'insist_same', 'make_run_dir', 'create_run',
+           'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows',
+           'parse_row', 'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary', 'best_epoch',
+           'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status', 'code_facts',
+           'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
@@ -99,6 +100,24 @@ def epoch_steps(run_dir: Path, recipe: Recipe) -> int:
     "Optimizer steps in an epoch of a run that has begun; DamagedFile where its manifest does not say how many pictures it learns from."
     return steps_per_epoch(read_manifest(run_dir)["data"]["train_pictures"], recipe.num_microbatches, recipe.microbatch_size)
 
+# %% ../../nbs/run/00_folder.ipynb #insist_same
+def has_trained(run_dir: Path) -> bool:
+    "Whether a folder holds a run that has come as far as a checkpoint, or to its end."
+    completed = read_json(run_dir / "run.json").get("status") == "completed"
+    return (completed or any((run_dir / "checkpoints").glob("step-*"))) and (run_dir / "config.json").exists()
+
+
+def insist_same(config: RunConfig) -> None:
+    "Raise ValueError where the run of this name has trained another recipe, on other data, or with another seed."
+    if not has_trained(run_path(config.name)):
+        return
+    if found := differences(run_identity(load_config(run_path(config.name))), run_identity(config)):
+        said = "; with ".join(f"{key}={was!r}, asked for is {asked!r}" for key, was, asked in found[:4])
+        raise ValueError(
+            f"run {config.name!r} was trained with {said}{'; and more' * (len(found) > 4)}; choose another name, "
+            f"or go on with what it was: resnet-nb train {config.name}"
+        )
+
 # %% ../../nbs/run/00_folder.ipynb #create_run
 def make_run_dir(name: str) -> Path:
     "The folder of the run `name`, made where it is not there; ValueError where that can't be, DiskFull where there is no room."
@@ -126,17 +145,8 @@ def create_run(config: RunConfig) -> Path:
     try:
         if read_json(run_dir / "config.json") == config.model_dump(mode="json"):
             return run_dir
-        completed = read_json(run_dir / "run.json").get("status") == "completed"
-        has_trained = completed or any((run_dir / "checkpoints").glob("step-*"))
-        if has_trained and (run_dir / "config.json").exists():
-            old, new = run_identity(load_config(run_dir)), run_identity(config)
-            if found := differences(old, new):
-                said = "; with ".join(f"{key}={was!r}, asked for is {asked!r}" for key, was, asked in found[:4])
-                raise ValueError(
-                    f"run {config.name!r} was trained with {said}{'; and more' * (len(found) > 4)}; choose another name, "
-                    f"or go on with what it was: resnet-nb train {config.name}"
-                )
-        if not completed:  # what a finished run says of itself stays
+        insist_same(config)
+        if read_json(run_dir / "run.json").get("status") != "completed":  # what a finished run says of itself stays
             write_json(run_dir / "config.json", config.model_dump(mode="json"))
     except OSError as error:
         raise ValueError(f"run folder {str(run_dir)!r} can't be written: {error.strerror or error}") from None

@@ -429,9 +429,10 @@ def epoch_line(config: RunConfig, train: dict, val: dict) -> str:
         f", BatchNorm's statistics beyond what is held in {train['steps_without_stats']} steps" if train.get("steps_without_stats") else ""
     )
     speed = f"{train['seconds']:.1f} s, {train['pictures_per_second']:,.0f} pictures/s, {train['data_wait']:.0%} data wait"
+    compiled = f", after {duration(train['compile_seconds'])} of compiling" if train.get("compile_seconds") else ""
     return (
         f"epoch {train['epoch'] + 1:>3}/{config.recipe.epochs} | train loss {loss(train['train/loss'])} acc {percent(train['train/acc'])}"
-        f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}{frozen}"
+        f" | val loss {loss(val['val/loss'])} acc {percent(val['val/acc'])} | {speed}{compiled}{frozen}"
     )
 
 # %% ../../nbs/run/06_launch.ipynb #duration

@@ -165,19 +165,20 @@ class DataWaitProfiler(Profiler):
 
 # %% ../../nbs/run/02_recording.ipynb #EpochClock
 class EpochClock:
-    "How long an epoch trains on this rank, and how much of that is waiting for data and exact sums."
+    "How long an epoch trains on this rank, how much of that is waiting for data and exact sums, and how long it compiled before."
 
     def __init__(self):
         self.start(0.0, 0.0)
 
-    def start(self, waited: float, exact: float) -> None:
-        "Begin, with the seconds of waiting and of exact sums up to now. In the middle of an epoch no on_train_epoch_start comes."
-        self._started, self._waited, self._exact, self.pictures = time.monotonic(), waited, exact, 0
-        self.stop(waited)
+    def start(self, waited: float, exact: float, compiled: float = 0.0) -> None:
+        "Begin, with the seconds of waiting, of exact sums and of compiling up to now. In the middle of an epoch no on_train_epoch_start comes."
+        self._started, self._waited, self._exact, self._compiled, self.pictures = time.monotonic(), waited, exact, compiled, 0
+        self.stop(waited, compiled)
 
-    def stop(self, waited: float) -> None:
+    def stop(self, waited: float, compiled: float = 0.0) -> None:
         "Training has ended, validation begins."
-        self.seconds, self.waited = max(time.monotonic() - self._started, 1e-3), waited - self._waited
+        self.waited, self.compiled = waited - self._waited, compiled - self._compiled
+        self.seconds = max(time.monotonic() - self._started - self.compiled, 1e-3)
 
     def numbers(self, mean_wait: float, exact: float | None) -> dict:
         "What a row says of the epoch's speed."
@@ -186,6 +187,8 @@ class EpochClock:
             "pictures_per_second": round(self.pictures / self.seconds, 1),
             "data_wait": round(mean_wait, 4),  # share of the time, mean over ranks
         }
+        if self.compiled:
+            speed["compile_seconds"] = round(self.compiled, 3)
         return speed if exact is None else speed | {"exact_seconds": round(exact - self._exact, 3)}
 
 # %% ../../nbs/run/02_recording.ipynb #peak_memory
@@ -285,11 +288,11 @@ class MetricsCallback(L.Callback):
             check_loss(row["step"], row["train/step_loss"])
 
     def on_train_start(self, trainer, module) -> None:
-        self.clock.start(trainer.profiler.seconds, 0.0)
+        self.clock.start(trainer.profiler.seconds, 0.0, module.compile_seconds)
         self._record(trainer, self._row(trainer, "note", note="start", world_size=trainer.world_size))
 
     def on_train_epoch_start(self, trainer, module) -> None:
-        self.clock.start(trainer.profiler.seconds, exact_seconds(module) or 0.0)
+        self.clock.start(trainer.profiler.seconds, exact_seconds(module) or 0.0, module.compile_seconds)
         self._record(trainer, self._row(trainer, "note", note="epoch", **{"train/learning_rate": current_lr(trainer)}))
 
     def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
@@ -306,7 +309,7 @@ class MetricsCallback(L.Callback):
         self._fetch(trainer, module)  # a run that goes on from here has the rows up to here
 
     def on_validation_start(self, trainer, module) -> None:
-        self.clock.stop(trainer.profiler.seconds)
+        self.clock.stop(trainer.profiler.seconds, module.compile_seconds)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         self._fetch(trainer, module)
