@@ -480,7 +480,7 @@ HARDWARE = {
 
 # %% ../nbs/00_config.ipynb #recipe_lines
 ABOUT = {  # what a recipe is for, and the accuracy that a whole run of it has reached
-    "digits": ("the embedded default", "99.7 % (one run)"),
+    "digits": ("the embedded default", "99.2 % (one run)"),
     "imagenette": ("ten classes of ImageNet", "not measured"),
     "imagenette-5": ("the same in five epochs; needs timm", "88.2 % (three runs)"),
     "imagenette-20": ("the same in twenty; needs timm", "91.9 % (one run)"),
