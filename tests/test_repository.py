@@ -335,6 +335,7 @@ def test_make_train_refuses_what_it_does_not_know():
     wrong = make("recipie=imagenette", "seed=1")
     assert wrong.returncode == 2 and "make train does not know recipie=; it takes hw= recipe= name=" in wrong.stderr
     right = make("recipe=imagenette", "data_dir=/my  pictures", "seed=1", "overrides={epochs: 2}")  # the control
+    assert right.returncode == 0
     assert right.stdout.endswith("train -r recipe 'imagenette' -r data_dir '/my  pictures' -p seed '1' -p overrides '{epochs: 2}'\n")
 
 
