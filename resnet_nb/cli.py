@@ -491,11 +491,9 @@ def seeds(p, r, y, f, count, variant, as_json):
     runs = run_seeds(read_options(p, r, y, f), count, variants, lambda line: click.echo(line, err=as_json))
     ended = {said: last_accuracies(each) for said, each in runs.items()}
     if as_json:
-        finished = {said: [value for value in values if value is not None] for said, values in ended.items()}
-        found = {said: {"runs": [run.name for run in each], "accuracies": ended[said]} for said, each in runs.items()}
-        click.echo(
-            json.dumps({said: one | (spread(finished[said])._asdict() if finished[said] else {}) for said, one in found.items()}, indent=2)
-        )
+        spreads = {said: spread(values)._asdict() if set(values) != {None} else {} for said, values in ended.items()}
+        found = {said: {"runs": [run.name for run in each], "accuracies": ended[said]} | spreads[said] for said, each in runs.items()}
+        click.echo(json.dumps(found, indent=2))
     else:
         click.echo("\n".join(["", *seed_lines(runs)]))
     if any(None in values for values in ended.values()):

@@ -35,8 +35,8 @@ OTHER_WORDS = {  # what fields are called elsewhere
     "lr": "peak_lr", "learning_rate": "peak_lr", "max_lr": "peak_lr", "base_lr": "peak_lr", "batch_size": "microbatch_size", "bs": "microbatch_size",
     "wd": "weight_decay", "model": "arch", "architecture": "arch", "network": "arch", "pretrained": "weights", "checkpoint": "weights",
     "num_epochs": "epochs", "max_epochs": "epochs", "size": "image_sizes", "image_size": "image_sizes", "img_size": "image_sizes",
-    "resolution": "image_sizes", "smoothing": "label_smoothing", "crop": "crop_padding", "mixup": "mixup_alpha", "cutmix": "cutmix_alpha", "ema": "ema_decay",
-    "warmup": "warmup_ratio", "workers": "num_workers", "gpus": "devices", "num_gpus": "devices", "amp": "precision", "fp16": "precision",
+    "resolution": "image_sizes", "smoothing": "label_smoothing", "mixup": "mixup_alpha", "cutmix": "cutmix_alpha", "ema": "ema_decay",
+    "crop": "crop_padding", "warmup": "warmup_ratio", "workers": "num_workers", "gpus": "devices", "num_gpus": "devices", "amp": "precision", "fp16": "precision",
 }  # fmt: skip
 
 
@@ -354,13 +354,9 @@ class Recipe(Augmentation, Learning, Network):  # pydantic lists the fields of t
         return self.num_microbatches * self.microbatch_size
 
 # %% ../nbs/00_config.ipynb #RECIPES
-VARIANT = {
-    "act_layer": "gelu",
-    "stem_type": "deep",
-    "stem_width": 32,
-    "avg_down": True,
-}  # of timm's ResNets: one that learns much in few epochs
-MUON: dict[str, Any] = {  # what it learns by
+# of timm's ResNets one that learns much in few epochs, and what it learns by
+VARIANT = {"act_layer": "gelu", "stem_type": "deep", "stem_width": 32, "avg_down": True}
+MUON: dict[str, Any] = {
     "dataset": "imagenette", "arch": "timm/resnet18", "arch_args": VARIANT, "num_microbatches": 2, "microbatch_size": 32, "val_resize": 8 / 7,
     "optimizer": "muon", "momentum": 0.95, "betas": (0.9, 0.99), "peak_lr": 5e-3, "weight_decay": 1e-2, "schedule": "flat_cosine",
     "label_smoothing": 0.1, "crop_scale": (0.5, 1.0), "crop_ratio": (0.9, 1.111), "flip": "alternating", "ema_decay": 0.96,

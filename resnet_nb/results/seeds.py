@@ -36,8 +36,9 @@ class Spread(NamedTuple):
         return f"{self.mean:.2%} ± {self.sd:.2%} ({self.seeds} seeds, mean within {max(0, self.low):.2%} to {min(1, self.high):.2%})"
 
 
-def spread(values: Sequence[float]) -> Spread:
-    "The `Spread` of at least one value."
+def spread(values: Sequence[float | None]) -> Spread:
+    "The `Spread` of at least one value; None stands for a run without one, and is left out."
+    values = [value for value in values if value is not None]
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Spread(count, mean, None, None, None)
@@ -119,8 +120,8 @@ def seed_lines(runs: Mapping[str, Sequence[Path]]) -> list[str]:
     width, lines = max(len(said) for said in runs), []
     for said, folders in runs.items():
         values = last_accuracies(folders)
-        finished = [value for value in values if value is not None]
         seconds = np.mean([sum(attempt.get("cpu_seconds", 0) for attempt in read_status(run)["attempts"]) for run in folders])
         each = ", ".join("no number" if value is None else f"{value:.2%}" for value in values)
-        lines.append(f"{said:<{width}}  {spread(finished) if finished else 'none finished'}, {seconds:,.0f} CPU s each: {each}")
+        found = spread(values) if set(values) != {None} else "none finished"
+        lines.append(f"{said:<{width}}  {found}, {seconds:,.0f} CPU s each: {each}")
     return lines
