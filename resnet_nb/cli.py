@@ -12,6 +12,7 @@ __all__ = ['TEXT', 'ENDS', 'STOPPED', 'GOES_ON', 'RUN', 'WHICH', 'JSON', 'PACKAG
 import contextlib
 import functools
 import json
+import logging
 import os
 import signal
 import stat
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import NoneType, UnionType
+from types import FrameType, NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
@@ -112,13 +113,25 @@ def _second(number, frame) -> None:
     os._exit(128 + number)
 
 
+def _imports(frame: FrameType | None) -> bool:
+    "Whether a module is being imported where this frame is."
+    while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
 def _first(number, frame, run_dir: Path | None = None) -> None:
     "What a first signal does: a run that this command shows is asked to save and stop, anything else is interrupted."
+    if _imports(frame):  # torch swallows what is raised while it is imported, or aborts: the signal comes again a moment later
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        again.daemon = True
+        return again.start()
     _take(_second)
     if run_dir and launch.is_running(run_dir):
         launch.stop(run_dir)
         os.write(2, b"\nstopping: the run saves where it is; the same again ends this command at once\n")
     else:
+        logging.disable()  # libraries that are left in the middle of something would say so
         raise Interrupted(number)
 
 # %% ../nbs/90_cli.ipynb #main
@@ -236,7 +249,7 @@ def _observe(run_dir: Path, **how) -> None:
     with _bar(run_dir) as seen:
         launch.observe(run_dir, _Screen().say, on_progress=lambda far: seen, **how)
 
-# %% ../nbs/90_cli.ipynb #execute
+# %% ../nbs/90_cli.ipynb #notebook
 PACKAGE = Path(launch.__file__).resolve().parents[1]
 
 
@@ -252,7 +265,7 @@ def _verbatim(path: Path) -> str:
     "The path as papermill takes it: as a pattern, in which braces hold names of parameters."
     return str(path).replace("{", "{{").replace("}", "}}")
 
-
+# %% ../nbs/90_cli.ipynb #execute
 def _own_kernel(folder: str) -> dict[str, str]:
     "The variables with which a kernel is the one of this Python, with nothing from a person's IPython in its names and its own way to draw."
     return launch.SAFE_PYTHON | {"JUPYTER_PATH": "", "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": f"{folder}/ipython", "MPLBACKEND": ""}
@@ -261,19 +274,32 @@ def _own_kernel(folder: str) -> dict[str, str]:
 def execute(source: Path, target: Path, parameters: dict, **environment: str) -> None:
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides. DiskFull where `target` has no room."
     import papermill
+    from jupyter_client import AsyncKernelManager
+    from jupyter_core.utils import run_sync
     from traitlets.config import Config
+
+    class Kernel(AsyncKernelManager):
+        async def start_kernel(self, **given):
+            ended.callback(self.end)
+            await super().start_kernel(**given)
+
+        def end(self):
+            "Papermill leaves a kernel that was interrupted while it began."
+            if self.has_kernel:
+                run_sync(self.shutdown_kernel)(now=True)
 
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         launch.variables(**_own_kernel(folder) | environment),
         told_if_full(target, 0),
+        contextlib.ExitStack() as ended,
     ):
         # kernels that begin together may choose the same ports; the path of a socket has less than 104 bytes
         sockets = {"transport": "ipc", "ip": f"{folder}/kernel"} if len(os.fsencode(folder)) < 80 else {}
         papermill.execute_notebook(
             _verbatim(source), _verbatim(target), parameters, progress_bar=False, stdout_file=_Screen(), cwd=str(Path.cwd()),
             # of the kernel, which warns that its local sockets are not encrypted, and would import modules from the current folder
-            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"], config=Config(KernelManager=sockets),
+            extra_arguments=["--log-level=CRITICAL", "--IPKernelApp.ignore_cwd=True"], config=Config(KernelManager=sockets), kernel_manager_class=Kernel,
         )  # fmt: skip
 
 # %% ../nbs/90_cli.ipynb #make_page

@@ -246,7 +246,7 @@ def listens(pid):
 def kernel_of(command):
     """The kernel that executes a command's notebook."""
     found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return next(int(line.split()[0]) for line in found if "ipykernel" in line and int(line.split()[1]) == command.pid)
+    return next((int(line.split()[0]) for line in found if "ipykernel" in line and int(line.split()[1]) == command.pid), None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -433,6 +433,17 @@ def test_commands_that_wrap_others_end_with_one_sentence_and_nothing_half_writte
     assert ran.returncode == code and "Traceback" not in text and text.count("ended by SIGINT; nothing is half written") == 1, text
     assert not names["TABLE"].exists() and set(one.rglob("*")) == before
     wait_for(lambda: not group(ran.pid), 30)
+
+
+@pytest.mark.parametrize("begun", ["the kernel", "a cell"])
+def test_an_interrupt_leaves_no_kernel_that_would_speak_later(begun, one):
+    ran, page = start([BIN / "resnet-nb", "evaluate", one.name]), one / ".evaluate.ipynb"
+    wait_for(lambda: kernel_of(ran) if begun == "the kernel" else page.exists() and '"running"' in page.read_text())
+    kernel = kernel_of(ran)
+    os.killpg(ran.pid, signal.SIGINT)
+    text, _ = ran.communicate(timeout=120)  # until the kernel, too, has let go of the pipe
+    assert ran.returncode == 130 and "Traceback" not in text and text.endswith("\nended by SIGINT; nothing is half written\n"), text
+    assert not Path(f"/proc/{kernel}").exists() and not page.exists()
 
 
 def test_seeds_stop_with_a_checkpoint_and_the_same_command_goes_on(data, home):

@@ -16,10 +16,10 @@ import shutil
 import signal
 import stat
 import tempfile
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -352,16 +352,16 @@ def kept_index(data_dir: str | Path) -> dict[str, Index] | None:
 # %% ../../nbs/data/00_index.ipynb #born_deaf
 @contextlib.contextmanager
 def born_deaf() -> Iterator[None]:
-    """Processes that are started within this block, from the main thread, ignore SIGINT and SIGTERM: their first process decides what those do.
+    """Processes that are started within this block have SIGINT and SIGTERM blocked: their first process decides what those do.
 
-    Ctrl-C reaches a whole process group: workers would fill the terminal with their tracebacks, or be gone before that decision."""
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # what is ignored stays so in another program
+    Ctrl-C reaches a whole process group: workers would fill the terminal with their tracebacks, or be gone before that decision.
+    A signal that comes to this thread meanwhile is not lost; it waits for the end of the block."""
+    resource_tracker.ensure_running()  # where this is what starts it, all is unblocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before):
-            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 # %% ../../nbs/data/00_index.ipynb #in_parallel
 def in_parallel(function: Callable, items: Sequence, what: str = "", threads: bool = False) -> Iterator:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from ..data.index import born_deaf
 from ..run.launch import SAFE_PYTHON, variables
 
 # %% ../../nbs/results/00_processes.ipynb #threads
@@ -34,7 +35,8 @@ def threads(count: int) -> Iterator[None]:
 # %% ../../nbs/results/00_processes.ipynb #process
 def _process(rank: int, folder: str, work: Callable, parent: int) -> None:
     "What a process runs: `work`, with what lies in `folder`; its result, or a sentence for the person, goes there too."
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # it was ignored until here; now its parent's end, of which SIGINT tells, ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # its parent's end, of which SIGINT tells, ends it silently
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     if os.getppid() != parent:  # which has ended already, while this process began
         return
     given = torch.load(f"{folder}/given", map_location="cpu", weights_only=False)
@@ -46,14 +48,10 @@ def _process(rank: int, folder: str, work: Callable, parent: int) -> None:
 
 
 def _start(work: Callable, count: int, folder: str):
-    "The processes, which are born deaf to SIGINT, and import nothing from the current folder."
+    "The processes, which import nothing from the current folder."
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it would tell which processes it ends after one has failed
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with variables(**SAFE_PYTHON):
-            return start_processes(_process, (folder, work, os.getpid()), count, join=False, start_method="spawn")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with born_deaf(), variables(**SAFE_PYTHON):
+        return start_processes(_process, (folder, work, os.getpid()), count, join=False, start_method="spawn")
 
 # %% ../../nbs/results/00_processes.ipynb #in_processes
 def in_processes(
