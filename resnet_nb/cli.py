@@ -107,7 +107,7 @@ def _signals(handler: Callable, numbers: Iterable[int] = ENDS) -> Iterator[None]
         for number, before in found.items():
             signal.signal(number, before)
 
-
+# %% ../nbs/90_cli.ipynb #interrupts
 def _second(number, frame) -> None:
     "What a second signal does: this command ends at once."
     os._exit(128 + number)

@@ -12,7 +12,7 @@ import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
 
-from resnet_nb.config import Parameters
+from resnet_nb.config import RECIPES, Parameters, recipe_lines
 
 
 def sources(notebook: dict, directive: str = "", kind: str = "code") -> dict[str, str]:
@@ -300,6 +300,18 @@ def dead_links(name: str, pages: dict[str, str]) -> list[str]:
 
     links = map("".join, re.findall(r"\]\(([^)\s]+)[^)]*\)|(?:src|href)=[\"']([^\"']+)", pages[name]))
     return [link for link in links if not re.match(r"\w+:", link) and not leads(link)]
+
+
+def test_every_list_of_recipes_is_that_of_today():
+    listed = re.compile(r"^ *(?:%s) .* epochs? .*batch.*" % "|".join(RECIPES), re.M)
+    shown = lambda notebook: {
+        line.strip()
+        for cell in notebook["cells"]
+        for output in cell.get("outputs", [])
+        for line in listed.findall("".join(output.get("text", [])))
+    }
+    found = {name: shown(notebook) for name, notebook in NOTEBOOKS.items() if shown(notebook)}
+    assert len(found) == 4 and not {line: name for name, lines in found.items() for line in lines - set(recipe_lines())}
 
 
 def test_links_and_pictures_lead_somewhere_on_github_and_in_jupyterlab():
