@@ -303,15 +303,11 @@ def dead_links(name: str, pages: dict[str, str]) -> list[str]:
 
 
 def test_every_list_of_recipes_is_that_of_today():
-    listed = re.compile(r"^ *(?:%s) .* epochs? .*batch.*" % "|".join(RECIPES), re.M)
-    shown = lambda notebook: {
-        line.strip()
-        for cell in notebook["cells"]
-        for output in cell.get("outputs", [])
-        for line in listed.findall("".join(output.get("text", [])))
-    }
-    found = {name: shown(notebook) for name, notebook in NOTEBOOKS.items() if shown(notebook)}
-    assert len(found) == 4 and not {line: name for name, lines in found.items() for line in lines - set(recipe_lines())}
+    listed = re.compile(rf"^ *(?:{'|'.join(RECIPES)}) .* epochs? .*batch.*", re.M)
+    texts = lambda notebook: ["".join(output.get("text", [])) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    shown = {name: {line.strip() for text in texts(notebook) for line in listed.findall(text)} for name, notebook in NOTEBOOKS.items()}
+    assert sum(map(bool, shown.values())) == 4
+    assert not {line: name for name, lines in shown.items() for line in lines - set(recipe_lines())}
 
 
 def test_links_and_pictures_lead_somewhere_on_github_and_in_jupyterlab():
