@@ -114,10 +114,11 @@ def _second(number, frame) -> None:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    "Whether a module is being imported where this frame is."
-    while frame and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+    "Whether what runs there imports a module, on the way from this file."
+    machinery, here = "<frozen importlib._bootstrap>", _imports.__code__.co_filename
+    while frame and frame.f_code.co_filename not in (machinery, here):
         frame = frame.f_back
-    return frame is not None
+    return frame is not None and frame.f_code.co_filename == machinery
 
 
 def _first(number, frame, run_dir: Path | None = None) -> None:
