@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'MANY', 'Called', 'NOUNS', 'Model', 'SIZES', 'Size', 'Share', 'Positive', 'Decay', 'NotNegative',
-           'Ratio', 'Count', 'Whole', 'VARIANT', 'MUON', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME', 'MEMBER',
-           'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table', 'Shelf', 'what', 'Network',
-           'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines', 'hardware_lines',
-           'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'given_path', 'parse_yaml', 'as_yaml',
-           'read_recipe', 'project_root']
+           'Ratio', 'Alpha', 'Count', 'Whole', 'VARIANT', 'MUON', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME',
+           'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table', 'Shelf', 'what',
+           'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines',
+           'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'given_path', 'parse_yaml',
+           'as_yaml', 'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
@@ -146,7 +146,11 @@ def _sentence(model: type[Strict], report: ValidationError) -> str:
     if field and "ctx" in error and isinstance(error["ctx"].get("error"), ValueError) and isinstance(error["input"], dict):
         return str(error["ctx"]["error"])  # of a model inside this one, which has said it
     if field:
-        wanted = [e["msg"] for e in (error, *others) if e["loc"][:1] == error["loc"][:1] and e["input"] == error["input"]]
+        wanted = [
+            e["msg"].removeprefix("Value error, ")
+            for e in (error, *others)
+            if e["loc"][:1] == error["loc"][:1] and e["input"] == error["input"]
+        ]
         return f"{field}={error['input']!r}: {', or '.join(dict.fromkeys(w[0].lower() + w[1:] for w in wanted))}"
     return error["msg"].removeprefix("Value error, ")
 
@@ -180,6 +184,12 @@ class Shelf(dict):
         printer.text("\n".join(self.lines()))
 
 # %% ../nbs/00_config.ipynb #field-types
+def _can_be_drawn(alpha: float) -> float:
+    if 0 < alpha < 0.01:
+        raise ValueError("torch would draw halves, and no shares near 0 and 1; give 0 for none, or 0.01 and more")
+    return alpha
+
+
 SIZES = range(8, 1025)  # sides of a square picture, px
 Size = Annotated[int, Field(ge=SIZES[0], le=SIZES[-1])]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -187,6 +197,7 @@ Positive = Annotated[float, Field(gt=0, le=1e30)]  # there is room to reckon wit
 Decay = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0, le=1e30)]
 Ratio = Annotated[float, Field(ge=0.01, le=100)]
+Alpha = Annotated[float, Field(ge=0, le=1e30), AfterValidator(_can_be_drawn)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Whole = Annotated[int, Field(ge=0, le=10**12)]
 
@@ -290,8 +301,8 @@ class Pictures(Strict):
     group: str = what(
         "pictures that val_share keeps together: those of a 'folder', or with the same first group of this regular expression", ""
     )
-    mixup_alpha: NotNegative = what("parameter of mixup's Beta distribution, within a microbatch; 0: no mixup", 0.0)
-    cutmix_alpha: NotNegative = what("the same for CutMix; where both are set, each takes half of the microbatches on average", 0.0)
+    mixup_alpha: Alpha = what("parameter of mixup's Beta distribution, within a microbatch; 0: no mixup", 0.0)
+    cutmix_alpha: Alpha = what("the same for CutMix; where both are set, each takes half of the microbatches on average", 0.0)
     ema_decay: float = what("share of itself that the weights' average keeps per step; validation uses it; 0: no average", 0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -352,6 +363,11 @@ class Recipe(Augmentation, Learning, Network):  # pydantic lists the fields of t
     def global_batch_size(self) -> int:
         "Pictures per optimizer step, over all ranks; at most, since microbatches may be smaller."
         return self.num_microbatches * self.microbatch_size
+
+    @property
+    def needs_timm(self) -> bool:
+        "Whether its network, its optimizer or Lookahead is timm's."
+        return self.arch.startswith("timm/") or self.optimizer in ("lamb", "muon") or self.lookahead > 0
 
 # %% ../nbs/00_config.ipynb #RECIPES
 # of timm's ResNets one that learns much in few epochs, and what it learns by

@@ -322,8 +322,8 @@ def draw_crop(
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return placed(w, h)
-    w = min(width, round(height * ratio[1]))  # the largest centre crop whose ratio is allowed
-    h = min(height, round(width / ratio[0]))
+    w = max(1, min(width, round(height * ratio[1])))  # the largest centre crop whose ratio is allowed
+    h = max(1, min(height, round(width / ratio[0])))
     if padding:
         return placed(w, h)
     return Crop((width - w) // 2, (height - h) // 2, w, h, flipped)

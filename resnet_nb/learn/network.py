@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMM', 'OUTSIDE', 'FILES', 'PREFIX', 'AUXILIARY', 'GhostBatchNorm2d', 'GhostBatchNormAct2d', 'ghost_batchnorm',
-           'plain_batchnorm', 'RunningStats', 'timm_layers', 'timm_problem', 'build_model', 'check_sizes',
-           'arch_problem', 'step_size', 'weights_file', 'read_weights', 'head_name', 'load_weights', 'start_from',
-           'weights_problem', 'freeze', 'stages', 'depth_of_modules', 'param_groups']
+           'plain_batchnorm', 'RunningStats', 'timm_layers', 'timm_problem', 'compile_problem', 'build_model',
+           'check_sizes', 'arch_problem', 'unseen_taps', 'step_size', 'weights_file', 'read_weights', 'head_name',
+           'load_weights', 'start_from', 'weights_problem', 'freeze', 'stages', 'depth_of_modules', 'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
 import contextlib
@@ -161,6 +161,18 @@ def timm_problem() -> str:
     except ValueError as error:
         return str(error)
 
+# %% ../../nbs/learn/01_network.ipynb #compile_problem
+def compile_problem() -> str:
+    "What keeps torch.compile from working here, in torch's words; empty where nothing does, or torch does not say."
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except ImportError:  # it is no promise of torch's that this is there
+        return ""
+    try:
+        return get_cpp_compiler() and ""
+    except Exception as error:
+        return str(error).splitlines()[0]
+
 # %% ../../nbs/learn/01_network.ipynb #builders
 # arguments that would load weights of which the recipe and the manifest say nothing
 OUTSIDE = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights", "weights_backbone"}
@@ -277,6 +289,35 @@ def arch_problem(arch: str, sizes: tuple[int, ...], dropout: float | None, arch_
         return ""
     except ValueError as error:
         return str(error)
+
+# %% ../../nbs/learn/01_network.ipynb #unseen_taps
+def _meets_padding_alone(conv: nn.Conv2d, shape: tuple[int, ...]) -> bool:
+    "Whether a weight of `conv` meets no pixel of maps of this height and width."
+    for i, n in enumerate(shape):
+        k, stride, dilation = conv.kernel_size[i], conv.stride[i], conv.dilation[i]
+        reach = dilation * (k - 1)
+        pad = {"valid": 0, "same": reach // 2}[conv.padding] if isinstance(conv.padding, str) else conv.padding[i]
+        starts = range(-pad, n + pad - reach, stride)
+        if any(all(not 0 <= start + dilation * tap < n for start in starts) for tap in range(k)):
+            return True
+    return False
+
+
+def unseen_taps(arch: str, sizes: tuple[int, ...], arch_args: Mapping[str, Any]) -> str:
+    "The first convolution of `arch` with a weight that meets nothing but padding in pictures of one of `sizes`, px, as 'NAME at SIZE px'; empty without one."
+    with torch.device("meta"):
+        network = build_model(arch, 10, None, arch_args).eval()
+    found: list[str] = []
+    for name, conv in network.named_modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.register_forward_hook(
+                lambda conv, given, _, name=name: found.extend([name] * _meets_padding_alone(conv, given[0].shape[-2:]))
+            )
+    for size in sorted(set(sizes)):
+        network(torch.empty(2, 3, size, size, device="meta"))
+        if found:
+            return f"{found[0]} at {size} px"
+    return ""
 
 # %% ../../nbs/learn/01_network.ipynb #step_size
 def step_size(arch: str, size: int, arch_args: Mapping[str, Any] = MappingProxyType({})) -> tuple[int, int]:

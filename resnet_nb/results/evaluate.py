@@ -42,6 +42,7 @@ from .scores import TITLES, Interval, mcnemar, scores
 from ..run import launch
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
 from ..run.folder import load_config, run_path
+from ..run.hardware import usable_cores
 from ..run.plan import resolve, validate
 from ..schedule import eval_size_at
 
@@ -206,7 +207,7 @@ def predict(
 ) -> np.ndarray:  # (N, C) float32, logits
     "What `network` answers to the pictures of `index`, each asked once; ValueError names one that can't be read."
     _validate_devices(device, devices)
-    which, cores = np.arange(len(index)) if which is None else np.array(list(which), np.int64), os.cpu_count() or 1
+    which, cores = np.arange(len(index)) if which is None else np.array(list(which), np.int64), usable_cores()
     if num_workers is None:
         num_workers = min(8, cores) // devices if len(which) > 2000 else 0  # starting them costs more than they save for a few
     batches = [which[i : i + batch_size] for i in range(0, len(which), batch_size)]

@@ -33,7 +33,7 @@ class Spread(NamedTuple):
     def __str__(self) -> str:
         if self.seeds < 2:
             return f"{self.mean:.2%} (one seed)"
-        return f"{self.mean:.2%} ± {self.sd:.2%} ({self.seeds} seeds, mean within {max(0, self.low):.2%} to {min(1, self.high):.2%})"
+        return f"{self.mean:.2%} ± {self.sd:.2%} ({self.seeds} seeds, mean within {self.low:.2%} to {self.high:.2%})"
 
 
 def spread(values: Sequence[float | None]) -> Spread:
@@ -44,7 +44,7 @@ def spread(values: Sequence[float | None]) -> Spread:
         return Spread(count, mean, None, None, None)
     sd = float(np.std(values, ddof=1))
     half = float(student.ppf(0.975, count - 1)) * sd / count**0.5
-    return Spread(count, mean, sd, mean - half, mean + half)
+    return Spread(count, mean, sd, max(0.0, mean - half), min(1.0, mean + half))  # no accuracy is beyond these
 
 # %% ../../nbs/results/05_seeds.ipynb #planned
 def _run_names(stem: str, variant: str, seeds: Sequence[int]) -> list[str]:
@@ -65,24 +65,29 @@ def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> 
     # said by name, since a run that has a name and no recipe would be what that name was before
     recipe = parameters.recipe or resolve(parameters.model_copy(update={"name": ""})).recipe_name
     stem = parameters.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{Path(recipe).stem}-{parameters.hw}").strip("-._")
-    seeds, found = range(parameters.seed, parameters.seed + count), {}
-    for variant in variants or [{}]:
+    seeds, found, seen, taken = range(parameters.seed, parameters.seed + count), {}, [], {}
+    for variant in map(dict, variants or [{}]):
         said = ", ".join(f"{name}: {value}" for name, value in variant.items()) or "as it is"
-        if said in found:
+        if variant in seen:
             raise ValueError(f"variant {said!r} is given twice")
-        each = parameters.model_dump() | {"recipe": recipe, "overrides": parameters.overrides | dict(variant)}
+        seen.append(variant)
+        each = parameters.model_dump() | {"recipe": recipe, "overrides": parameters.overrides | variant}
         names = _run_names(stem, said if variant else "", seeds)
+        if (other := taken.setdefault(names[0], said)) != said or said in found:
+            raise ValueError(
+                f"variants {other!r} and {said!r} would both be runs called {names[0]!r}; give one of them alone, with another -p name"
+            )
         found[said] = [checked(Parameters, each | {"name": name, "seed": seed}) for name, seed in zip(names, seeds)]
     return found
 
 # %% ../../nbs/results/05_seeds.ipynb #run_seeds
 def _validate_same(config: RunConfig) -> None:
-    "ValueError where a run of this name has trained otherwise, in another precision, too: its numbers are not those that are asked for."
+    "ValueError where a run of this name has trained otherwise, or in another arithmetic: its numbers are not those that are asked for."
     insist_same(config)
-    if has_trained(run := run_path(config.name)) and (was := load_config(run).hardware.precision) != config.hardware.precision:
-        raise ValueError(
-            f"run {config.name!r} was trained with precision={was!r}, asked for is {config.hardware.precision!r}; choose another -p name"
-        )
+    was, asked = load_config(run_path(config.name)).hardware if has_trained(run_path(config.name)) else config.hardware, config.hardware
+    for name in ("precision", "compile"):
+        if (before := getattr(was, name)) != (now := getattr(asked, name)):
+            raise ValueError(f"run {config.name!r} was trained with {name}={before!r}, asked for is {now!r}; choose another -p name")
 
 
 def run_seeds(
@@ -94,9 +99,9 @@ def run_seeds(
     "Folders of runs for each variant, one for each seed, finished or ended by a loss that is no number; all are validated before the first one starts."
     runs = {said: [resolve(p) for p in each] for said, each in planned(parameters, count, variants).items()}
     for configs in runs.values():
-        validate(configs[0])
         for config in configs:
             _validate_same(config)
+        validate(configs[0])
     for config in (config for configs in runs.values() for config in configs):
         show(config.name)
         try:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANSWER', 'NO_DEVICES', 'COUNTERS', 'NO_MEMORY', 'STEP_SIZES', 'BUFFERS', 'FILES', 'NoAnswer', 'ask_torch',
-           'find_devices', 'settle', 'has_kernels', 'validate_hardware', 'oom_kills', 'memory_remedy', 'step_size',
-           'checkpoint_bytes', 'step_memory', 'Check', 'check_lines', 'check_limits', 'check_machine', 'insist']
+           'find_devices', 'usable_cores', 'settle', 'has_kernels', 'validate_hardware', 'oom_kills', 'memory_remedy',
+           'step_size', 'checkpoint_bytes', 'step_memory', 'Check', 'check_lines', 'check_limits', 'check_machine',
+           'insist']
 
 # %% ../../nbs/run/00_hardware.ipynb #imports
 import ctypes
@@ -76,6 +77,13 @@ def find_devices() -> dict:
     )
 
 # %% ../../nbs/run/00_hardware.ipynb #settle
+def usable_cores() -> int:
+    "CPU cores that this process may use: fewer than the machine has where an affinity, a batch system or a container says so."
+    from joblib import cpu_count  # which also loads pools of processes
+
+    return cpu_count()
+
+
 def settle(
     hardware: Hardware,
     found: dict,  # as `find_devices` returns it
@@ -91,7 +99,7 @@ def settle(
         precision = (
             "bf16-mixed" if all(tuple(capability) >= (8, 0) for _, capability in cuda[:count]) else "32-true" if exact else "16-mixed"
         )
-    workers = max(1, min(16, (cores or os.cpu_count() or 1) // count - 1))
+    workers = max(1, min(16, (cores or usable_cores()) // count - 1))
     auto = {
         "accelerator": accelerator,
         "devices": count,
@@ -129,12 +137,21 @@ def validate_hardware(hw: str, hardware: Hardware, found: dict, exact: bool = Fa
         raise ValueError(
             f"hw={hw} needs {count} CUDA device{'s' * (count != 1)}, this machine has {len(found['cuda'])}; use hw=local, or {number}"
         )
+    if exact and len(names := {name: None for name, _ in found["cuda"][:count]}) > 1:
+        raise ValueError(
+            f"numerics=exact needs devices of one model, whose kernels are the same, and would use {' and '.join(names)}; "
+            "show it only those of one model with CUDA_VISIBLE_DEVICES, or use numerics=close"
+        )
     for name, capability in found["cuda"][:count]:
+        if hardware.compile and tuple(capability) < (7, 0):
+            raise ValueError(
+                f"compile=True needs compute capability 7.0, and {name} has {capability[0]}.{capability[1]}; use compile: false"
+            )
         if not has_kernels(capability, found["arch_list"]):
             major, minor = capability
             raise ValueError(
                 f"torch {found['torch']} has no kernels for {name} (compute capability {major}.{minor}; built for {', '.join(found['arch_list'])}); "
-                "install a build that has them (for V100: torch==2.10.0, or a cu126 build), or train on the CPU with overrides: {accelerator: cpu, precision: 32-true}"
+                "install a build that has them (for V100: torch==2.10.0, or a cu126 build), or train on the CPU with overrides: {accelerator: cpu, devices: 1, precision: 32-true}"
             )
 
 # %% ../../nbs/run/00_hardware.ipynb #oom_kills
@@ -239,7 +256,7 @@ def _check_devices(config: RunConfig, found: dict) -> list[Check]:
     except ValueError as error:
         problem = str(error)
     names = ", ".join(dict.fromkeys(name for name, _ in cuda)) or ("MPS" if found["mps"] else "no GPU")
-    has = f"{len(cuda)} x {names}" if cuda else f"{names}, {os.cpu_count()} cores"
+    has = f"{len(cuda)} x {names}" if cuda else f"{names}, {usable_cores()} cores"
     old = [name for name, capability in cuda[: int(h.devices)] if tuple(capability) < (8, 0)]
     slow = h.accelerator == "cuda" and h.precision == "bf16-mixed" and old
     return [

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'WRITTEN_RUN', 'settle_again', 'count_again', 'resolve', 'read_parameters', 'validate_arch',
-           'validate_weights', 'validate', 'machines_line', 'describe', 'table_lines', 'open_run']
+           'validate_arithmetic', 'validate_weights', 'validate', 'machines_line', 'describe', 'table_lines',
+           'open_run']
 
 # %% ../../nbs/run/05_plan.ipynb #imports
 import os
@@ -163,9 +164,24 @@ def validate_arch(recipe: Recipe, ask: Callable = ask_torch) -> None:
         what = f"{recipe.arch!r}, {sizes!r}, {recipe.dropout!r}, {recipe.arch_args!r}"
         if problem := ask(f"__import__('resnet_nb.learn.network', fromlist=['model']).arch_problem({what})"):
             raise ValueError(problem)
-    if recipe.optimizer in ("lamb", "muon") or recipe.lookahead:
+    if recipe.needs_timm:
         if problem := ask("__import__('resnet_nb.learn.network', fromlist=['model']).timm_problem()"):
             raise ValueError(problem)
+
+# %% ../../nbs/run/05_plan.ipynb #validate_arithmetic
+def validate_arithmetic(config: RunConfig, ask: Callable = ask_torch) -> None:
+    "Raise ValueError where torch would compute something wrong there, or could not compile what is to be compiled."
+    recipe, hardware, module = config.recipe, config.hardware, "__import__('resnet_nb.learn.network', fromlist=['model'])"
+    if hardware.accelerator == "cpu" and hardware.precision == "bf16-mixed":
+        if taps := ask(f"{module}.unseen_taps({recipe.arch!r}, {recipe.image_sizes!r}, {recipe.arch_args!r})"):
+            raise ValueError(
+                f"precision='bf16-mixed' on a CPU: weights of {recipe.arch}'s {taps} meet nothing but padding, and torch may leave their "
+                "gradients as whatever was in memory; use larger image_sizes, or precision: 32-true"
+            )
+    if hardware.compile and (problem := ask(f"{module}.compile_problem()")):
+        raise ValueError(
+            f"compile=True needs a C++ compiler, and torch says: {problem}; install one (g++, or Xcode's), or use compile: false"
+        )
 
 # %% ../../nbs/run/05_plan.ipynb #validate_weights
 def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch) -> None:
@@ -181,6 +197,7 @@ def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch
 def validate(config: RunConfig) -> tuple[Index, Index]:
     "All that can be wrong before anything starts: network, machine, data. ValueError with one sentence; returns the indexes of the data."
     validate_arch(config.recipe)
+    validate_arithmetic(config)
     host, port = split_rdzv(config.parameters.rdzv) if config.hardware.nodes > 1 and config.leads else ("", 0)
     if host and not is_locked(run_path(config.name)) and can_bind(host) and not can_bind(host, port):
         raise ValueError(f"rdzv={config.parameters.rdzv}: port {port} is in use on this machine; give another one, on all of them")

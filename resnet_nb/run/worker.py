@@ -23,6 +23,7 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
@@ -46,7 +47,7 @@ from resnet_nb.run.folder import (
     NUMERIC_VARIABLES, append_rows, code_facts, code_sha256, environment_facts, first_difference, hold_as_rank,
     load_config, read_rows, run_identity, utc_now, write_summary,
 )  # fmt: skip
-from .hardware import NO_MEMORY, memory_remedy
+from .hardware import NO_MEMORY, memory_remedy, usable_cores
 from .recording import DataWaitProfiler, GraphCallback, MetricsCallback, TextLoggingCallback, explain, is_first
 from .stopping import CheckpointCallback, PulseCallback, ResolutionScheduleCallback, Stopped
 from .together import REMEDIES, PeerFailed, Peers, agree, disagreement, meet, open_store, share_checkpoint, until_together
@@ -57,7 +58,7 @@ from ..watch import BEGUN, PRIVATE, SLOW, in_seconds
 def set_threads(config: RunConfig) -> None:
     "Set the CPU threads of this rank: as the profile says; else one for exact numerics, an even share where ranks share a CPU, torch's choice."
     hardware, devices = config.hardware, int(config.hardware.devices)
-    shared = max(1, (os.cpu_count() or 1) // devices) if config.world_size > 1 else torch.get_num_threads()
+    shared = max(1, usable_cores() // devices) if config.world_size > 1 else torch.get_num_threads()
     torch.set_num_threads(hardware.num_threads or (1 if config.numerics == "exact" else shared))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # without it Lightning's DDP sets the threads anew
 
@@ -107,7 +108,8 @@ def onednn_isa() -> str:
 def numerics_class(config: RunConfig, accelerator: str) -> dict:
     "What must be the same for the same bits; plain values."
     on_cuda = accelerator == "cuda"
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}
+    models = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(int(config.hardware.devices))})) if on_cuda else ""
+    gpu = {"gpu": models, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_cuda else {}
     variables = {name: os.environ[name] for name in NUMERIC_VARIABLES if name in os.environ}
     return {
         "torch": torch.__version__,
@@ -122,6 +124,7 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
         "precision": config.hardware.precision,
         "channels_last": config.hardware.channels_last,
         **({"compile": True} if config.hardware.compile else {}),
+        **({"timm": version("timm")} if config.recipe.needs_timm else {}),
         "deterministic": config.numerics == "exact",
         **({"variables": variables} if variables else {}),
     }
