@@ -23,7 +23,6 @@ import time
 import traceback
 import warnings
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import lightning as L
@@ -124,7 +123,7 @@ def numerics_class(config: RunConfig, accelerator: str) -> dict:
         "precision": config.hardware.precision,
         "channels_last": config.hardware.channels_last,
         **({"compile": True} if config.hardware.compile else {}),
-        **({"timm": version("timm")} if config.recipe.needs_timm else {}),
+        **({"timm": environment_facts()["packages"]["timm"]} if config.recipe.needs_timm else {}),
         "deterministic": config.numerics == "exact",
         **({"variables": variables} if variables else {}),
     }
