@@ -339,9 +339,8 @@ def test_make_has_the_targets_that_are_promised():
 
 
 def test_make_train_refuses_what_it_does_not_know():
-    alone = {
-        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
-    }  # under `make test`, it would speak of its folder
+    # what the make of `make test` tells its children, in whose name it would speak of its folder
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     make = lambda *given: subprocess.run(["make", "-n", "train", *given], cwd=ROOT, env=alone, capture_output=True, text=True)
     wrong = make("recipie=imagenette", "seed=1")
     assert wrong.returncode == 2 and "make train does not know recipie=; it takes hw= recipe= name=" in wrong.stderr
