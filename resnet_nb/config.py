@@ -437,7 +437,7 @@ class Devices(Strict):
     )
     nodes: Count = what("machines with that many devices each; the parameter of this name sets it", 1)
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = what(
-        "of the arithmetic, as Lightning names it; auto: bf16-mixed on CUDA devices that have it, 16-mixed on others, else 32-true",
+        "Lightning's name; auto: bf16-mixed on CUDA devices that have it, 16-mixed on others, else 32-true; TF32 counts as 32, unless NVIDIA_TF32_OVERRIDE=0",
         "32-true",
     )
     channels_last: Literal["auto"] | bool = what("memory format of pictures and weights; auto: on CUDA", False)
