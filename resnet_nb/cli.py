@@ -287,7 +287,8 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
         def end(self):
             "Papermill leaves a kernel that was interrupted while it began."
             if self.has_kernel:
-                run_sync(self.shutdown_kernel)(now=True)
+                run_sync(self.provisioner.kill)()  # `shutdown_kernel` wants one that has begun
+                run_sync(self.provisioner.wait)()
 
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
