@@ -266,12 +266,12 @@ def _verbatim(path: Path) -> str:
     "The path as papermill takes it: as a pattern, in which braces hold names of parameters."
     return str(path).replace("{", "{{").replace("}", "}}")
 
-# %% ../nbs/90_cli.ipynb #execute
+
 def _own_kernel(folder: str) -> dict[str, str]:
     "The variables with which a kernel is the one of this Python, with nothing from a person's IPython in its names and its own way to draw."
     return launch.SAFE_PYTHON | {"JUPYTER_PATH": "", "JUPYTER_PREFER_ENV_PATH": "1", "IPYTHONDIR": f"{folder}/ipython", "MPLBACKEND": ""}
 
-
+# %% ../nbs/90_cli.ipynb #execute
 def execute(source: Path, target: Path, parameters: dict, **environment: str) -> None:
     "Execute a notebook with papermill, its output shown as it comes; `environment` is what its kernel finds besides. DiskFull where `target` has no room."
     import papermill
@@ -280,15 +280,24 @@ def execute(source: Path, target: Path, parameters: dict, **environment: str) ->
     from traitlets.config import Config
 
     class Kernel(AsyncKernelManager):
+        "One of which papermill leaves nothing when it is interrupted while it begins: no process, and no sockets, for whose end Python would wait."
+
         async def start_kernel(self, **given):
             ended.callback(self.end)
             await super().start_kernel(**given)
 
         def end(self):
-            "Papermill leaves a kernel that was interrupted while it began."
             if self.has_kernel:
                 run_sync(self.provisioner.kill)()  # `shutdown_kernel` wants one that has begun
                 run_sync(self.provisioner.wait)()
+
+        def client(self, **given):
+            client = super().client(**given)
+            ended.callback(client.stop_channels)
+            client.start_channels = functools.partial(
+                client.start_channels, hb=False
+            )  # a thread that nobody asks: they look at the process
+            return client
 
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,

@@ -446,6 +446,28 @@ def test_an_interrupt_leaves_no_kernel_that_would_speak_later(begun, one):
     assert not Path(f"/proc/{kernel}").exists() and not page.exists()
 
 
+# memory is collected at the end, where it might be at any time: it must not meet sockets that are open, whose context waits for them
+IN_A_CHANNEL = """
+import atexit, gc, os, signal, sys, zmq
+from jupyter_client.channels import AsyncZMQSocketChannel as Channel
+
+gc.disable()
+atexit.register(gc.collect)
+start = Channel.start
+Channel.start = lambda channel: (start(channel), os.kill(os.getpid(), signal.SIGINT))
+sys.argv = ["resnet-nb", "evaluate", sys.argv[1]]
+from resnet_nb.entry import main
+
+main()
+"""
+
+
+def test_an_interrupt_while_a_client_connects_to_its_kernel_ends_the_command(one):
+    ran = start([sys.executable, "-c", IN_A_CHANNEL, one.name])
+    text, _ = ran.communicate(timeout=120)
+    assert ran.returncode == 130 and text == "\nended by SIGINT; nothing is half written\n", text
+
+
 def test_seeds_stop_with_a_checkpoint_and_the_same_command_goes_on(data, home):
     wish = json.dumps({"overrides": SMALL | {"accelerator": "cpu", "image_sizes": [16], "epochs": 900}})
     ran = start(
