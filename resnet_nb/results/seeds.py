@@ -65,18 +65,18 @@ def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> 
     # said by name, since a run that has a name and no recipe would be what that name was before
     recipe = parameters.recipe or resolve(parameters.model_copy(update={"name": ""})).recipe_name
     stem = parameters.name or re.sub(r"[^A-Za-z0-9._-]+", "-", f"{Path(recipe).stem}-{parameters.hw}").strip("-._")
-    seeds, found, seen, taken = range(parameters.seed, parameters.seed + count), {}, [], {}
-    for variant in map(dict, variants or [{}]):
+    seeds, found = range(parameters.seed, parameters.seed + count), {}
+    for variant in variants or [{}]:
         said = ", ".join(f"{name}: {value}" for name, value in variant.items()) or "as it is"
-        if variant in seen:
-            raise ValueError(f"variant {said!r} is given twice")
-        seen.append(variant)
-        each = parameters.model_dump() | {"recipe": recipe, "overrides": parameters.overrides | variant}
+        each = parameters.model_dump() | {"recipe": recipe, "overrides": parameters.overrides | dict(variant)}
         names = _run_names(stem, said if variant else "", seeds)
-        if (other := taken.setdefault(names[0], said)) != said or said in found:
-            raise ValueError(
-                f"variants {other!r} and {said!r} would both be runs called {names[0]!r}; give one of them alone, with another -p name"
-            )
+        for other, (first, *_) in found.items():
+            if first.overrides == each["overrides"]:
+                raise ValueError(f"variant {said!r} is given twice")
+            if first.name == names[0]:
+                raise ValueError(
+                    f"variants {other!r} and {said!r} would both be runs called {names[0]!r}; give one of them alone, with another -p name"
+                )
         found[said] = [checked(Parameters, each | {"name": name, "seed": seed}) for name, seed in zip(names, seeds)]
     return found
 
@@ -84,10 +84,12 @@ def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> 
 def _validate_same(config: RunConfig) -> None:
     "ValueError where a run of this name has trained otherwise, or in another arithmetic: its numbers are not those that are asked for."
     insist_same(config)
-    was, asked = load_config(run_path(config.name)).hardware if has_trained(run_path(config.name)) else config.hardware, config.hardware
+    if not has_trained(run := run_path(config.name)):
+        return
+    before = load_config(run).hardware
     for name in ("precision", "compile"):
-        if (before := getattr(was, name)) != (now := getattr(asked, name)):
-            raise ValueError(f"run {config.name!r} was trained with {name}={before!r}, asked for is {now!r}; choose another -p name")
+        if (was := getattr(before, name)) != (asked := getattr(config.hardware, name)):
+            raise ValueError(f"run {config.name!r} was trained with {name}={was!r}, asked for is {asked!r}; choose another -p name")
 
 
 def run_seeds(

@@ -17,28 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from resnet_nb.config import (
-    HARDWARE,
-    RECIPES,
-    Hardware,
-    Model,
-    Parameters,
-    Recipe,
-    RunConfig,
-    checked,
-    given_path,
-    nearest,
-    one_sentence,
-    parameter_hint,
-    read_recipe,
-    split_rdzv,
-)
+    HARDWARE, RECIPES, Hardware, Model, Parameters, Recipe, RunConfig, checked, given_path, nearest, one_sentence, parameter_hint,
+    read_recipe, split_rdzv,
+)  # fmt: skip
 from ..data.index import Index
 from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from ..names import check_names
 from .checkpoints import weights_source
-from .hardware import NO_DEVICES, ask_torch, check_limits, check_machine, find_devices, insist, settle, validate_hardware
+from resnet_nb.run.hardware import (
+    NETWORK,
+    NO_DEVICES,
+    ask_torch,
+    check_limits,
+    check_machine,
+    find_devices,
+    insist,
+    settle,
+    validate_hardware,
+)
 from .folder import is_locked, load_config, run_path
 from .place import validate_mirror
 from .nodes import PLACES, can_bind, hostname, moved, name_here, with_slurm
@@ -162,23 +160,23 @@ def validate_arch(recipe: Recipe, ask: Callable = ask_torch) -> None:
     sizes = tuple(filter(None, (*recipe.image_sizes, recipe.test_size)))
     if recipe.arch not in USUAL or recipe.dropout is not None or recipe.arch_args:
         what = f"{recipe.arch!r}, {sizes!r}, {recipe.dropout!r}, {recipe.arch_args!r}"
-        if problem := ask(f"__import__('resnet_nb.learn.network', fromlist=['model']).arch_problem({what})"):
+        if problem := ask(f"{NETWORK}.arch_problem({what})"):
             raise ValueError(problem)
     if recipe.needs_timm:
-        if problem := ask("__import__('resnet_nb.learn.network', fromlist=['model']).timm_problem()"):
+        if problem := ask(f"{NETWORK}.timm_problem()"):
             raise ValueError(problem)
 
 # %% ../../nbs/run/05_plan.ipynb #validate_arithmetic
 def validate_arithmetic(config: RunConfig, ask: Callable = ask_torch) -> None:
     "Raise ValueError where torch would compute something wrong there, or could not compile what is to be compiled."
-    recipe, hardware, module = config.recipe, config.hardware, "__import__('resnet_nb.learn.network', fromlist=['model'])"
+    recipe, hardware = config.recipe, config.hardware
     if hardware.accelerator == "cpu" and hardware.precision == "bf16-mixed":
-        if taps := ask(f"{module}.unseen_taps({recipe.arch!r}, {recipe.image_sizes!r}, {recipe.arch_args!r})"):
+        if taps := ask(f"{NETWORK}.unseen_taps({recipe.arch!r}, {recipe.image_sizes!r}, {recipe.arch_args!r})"):
             raise ValueError(
                 f"precision='bf16-mixed' on a CPU: weights of {recipe.arch}'s {taps} meet nothing but padding, and torch may leave their "
                 "gradients as whatever was in memory; use larger image_sizes, or precision: 32-true"
             )
-    if hardware.compile and (problem := ask(f"{module}.compile_problem()")):
+    if hardware.compile and (problem := ask(f"{NETWORK}.compile_problem()")):
         raise ValueError(
             f"compile=True needs a C++ compiler, and torch says: {problem}; install one (g++, or Xcode's), or use compile: false"
         )
@@ -188,9 +186,8 @@ def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch
     "Raise ValueError where the recipe's starting weights can't be found, read, or loaded into its network."
     if not recipe.weights:
         return
-    module = "__import__('resnet_nb.learn.network', fromlist=['model'])"
     source = weights_source(recipe.weights)
-    if problem := ask(f"{module}.weights_problem({source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r})"):
+    if problem := ask(f"{NETWORK}.weights_problem({source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r})"):
         raise ValueError(problem)
 
 # %% ../../nbs/run/05_plan.ipynb #validate
