@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import SMALL
 
+from resnet_nb.cli import main
 from resnet_nb.data.index import BadPicture
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
@@ -52,6 +54,19 @@ def test_the_command_ends_with_code_4(home, data):
     assert "is not a number" in done.stderr and "Lower peak_lr" in done.stderr and "Traceback" not in done.stderr
     ours = subprocess.run([command, "train", "nobody"], capture_output=True, text=True, timeout=60)
     assert ours.returncode == 2  # another ending has another code
+
+
+def test_seeds_go_on_after_a_variant_that_diverged_and_the_command_ends_with_code_4(home, data):
+    wish = json.dumps({"overrides": SMALL | {"epochs": 1, "image_sizes": [16], "accelerator": "cpu"}})
+    words = ["-p", "recipe", "digits", "-r", "name", "nan-seeds", "-r", "data_dir", str(data), "-y", wish, "--count", "1"]
+    variants = ["--variant", "{peak_lr: 1.0e+30, warmup_ratio: 0}", "--variant", "{flip: 0.5}"]
+    result = CliRunner().invoke(main, ["seeds", *words, *variants, "--json"])
+    assert result.exit_code == 4, result.output
+    diverged, whole = json.loads(result.stdout).values()  # in the order in which they were given
+    assert diverged["accuracies"] == [None] and "mean" not in diverged and "is not a number" in result.stderr
+    assert [whole["mean"]] == whole["accuracies"] and whole["seeds"] == 1
+    again = CliRunner().invoke(main, ["seeds", *words, *variants[2:], "--json"])  # what is done is not done again
+    assert again.exit_code == 0 and list(json.loads(again.stdout).values()) == [whole]
 
 
 def test_the_last_attempt_that_is_allowed_ends_the_run(make_config, monkeypatch):
