@@ -682,17 +682,18 @@ def evaluate(run, as_json, page, **given):
 @click.option("--out", default="", type=click.Path(dir_okay=False), help="Write the table to this file, .csv or .parquet.")
 def predict(run, pictures, which, as_json, top, out):
     "Say what RUN sees in PICTURES, files and folders; one that can't be read is named, and ends nothing."
-    from resnet_nb.results import evaluate as results
+    from resnet_nb.results.answers import answer_lines, predict_files, table_ending, write_table
+    from resnet_nb.results.evaluate import load_network
 
     if out:
-        results.table_ending(Path(out))
-    table = results.predict_files(results.load_network(run, which), pictures, top)
+        table_ending(Path(out))
+    table = predict_files(load_network(run, which), pictures, top)
     if out:
-        results.write_table(table, Path(out))
+        write_table(table, Path(out))
     if as_json:
         click.echo(json.dumps(table.to_pylist(), indent=2))
     elif not out:
-        click.echo("\n".join(results.answer_lines(table)))
+        click.echo("\n".join(answer_lines(table)))
     if bad := table.num_rows - table["problem"].null_count:
         click.echo(f"{bad:,} of {table.num_rows:,} pictures can't be read", err=True)
 
@@ -704,12 +705,14 @@ def predict(run, pictures, which, as_json, top, out):
 def compare(runs, as_json, split):
     "Say what was different about two or more RUNS, where they part, and whether the others are better than the first on the same pictures."
     from resnet_nb.results import evaluate as results
+    from resnet_nb.results.paired import paired, paired_line
+    from resnet_nb.results.pick import pick_runs
     from resnet_nb.results.plots import beside, plot_runs, save_figure
 
-    runs = results.pick_runs(map(str, runs))
+    runs = pick_runs(map(str, runs))
     differs, judged = what_differs(*runs), [results.evaluate(run, split, kept=False) for run in runs]
     others = [
-        {"run": run.name, "paired": results.paired(judged[0], one), "parts": first_difference_lines(runs[0], run)}
+        {"run": run.name, "paired": paired(judged[0], one), "parts": first_difference_lines(runs[0], run)}
         for run, one in zip(runs[1:], judged[1:])
     ]
     if as_json:
@@ -719,7 +722,7 @@ def compare(runs, as_json, split):
     lines = [f"{name}: {' and '.join(values)}" for name, *values in differs]
     lines += [f"{run.name}: top-1 {one.numbers['top1']}" for run, one in zip(runs, judged)]
     for other in others:
-        lines += [results.paired_line(runs[0].name, other["run"], other["paired"]), *other["parts"]]
+        lines += [paired_line(runs[0].name, other["run"], other["paired"]), *other["parts"]]
     save_figure(plot_runs(runs), beside(runs))
     click.echo("\n".join([*lines, f"figure: {_shown(beside(runs))}.png"]))
 

@@ -19,7 +19,8 @@ from resnet_nb.data.index import cache_dir
 from resnet_nb.data.inspect import inspected
 from resnet_nb.files import read_json
 from resnet_nb.results import evaluate as results
-from resnet_nb.results.evaluate import evaluate, find_files, load_network, predict_files, write_table
+from resnet_nb.results.answers import find_files, predict_files, write_table
+from resnet_nb.results.evaluate import evaluate, load_network
 from resnet_nb.results.export import export
 from resnet_nb.run.folder import best_epoch
 
