@@ -5,14 +5,15 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 NBCONVERT := ../../$(BIN)/jupyter nbconvert --to notebook --execute --inplace --log-level WARN
 
-.PHONY: help setup train lab tensorboard test test-fast gpu faults typecheck proofs export readme sync clean
+.PHONY: FORCE help setup train lab tensorboard test test-fast gpu faults typecheck proofs export readme sync clean
 
 help:  # this list
 	@awk -F ':.*  # ' '/^[a-z-]+:.*  # / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/done  # install everything into .venv; every other target does it first
 
-.venv/done: settings.ini setup.py pyproject.toml
+# another build of torch that is asked for is installed, whatever is there
+.venv/done: settings.ini setup.py pyproject.toml $(if $(filter file,$(origin TORCH)),,FORCE)
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; use make PYTHON=/path/to/python3")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH) -e '.[dev]'
@@ -64,9 +65,10 @@ typecheck: setup  # types alone
 	$(BIN)/mypy
 
 # they write their own outputs; the benchmarks want a quiet machine and real photos
-proofs: setup  # make the proof of exactness again, in place; with $IMAGENETTE_DIR the benchmarks, too
+proofs: setup  # make the proof of exactness again, in place; with $IMAGENETTE_DIR and $IMAGENET_PHOTOS_DIR the benchmarks, too
 	cd nbs/proofs && $(NBCONVERT) exactness.ipynb
-	if [ -n "$$IMAGENETTE_DIR" ]; then cd nbs/proofs && $(NBCONVERT) bench_data.ipynb bench_step.ipynb; fi
+	if [ -n "$$IMAGENETTE_DIR" ]; then cd nbs/proofs && $(NBCONVERT) bench_step.ipynb; fi
+	if [ -n "$$IMAGENET_PHOTOS_DIR" ]; then cd nbs/proofs && $(NBCONVERT) bench_data.ipynb; fi
 	$(BIN)/jupyter nbconvert --inplace --coalesce-streams --log-level WARN nbs/proofs/*.ipynb  # the pieces in which text came, joined
 	$(BIN)/nbdev_clean
 

@@ -221,7 +221,7 @@ class Network(Strict):
     test_size: Size | None = what("px, of validation pictures throughout; None: as large as the epoch trains with", None)
     val_resize: float = what("short side before the centre crop, in units of the crop's side", 1.0, ge=1, le=2)
     dropout: float | None = what("before the classifier, in architectures that have it; None: as torchvision has it", None, ge=0, lt=1)
-    num_microbatches: Count = what("in a global batch")
+    num_microbatches: Count = what("in a global batch, which makes one optimizer step")
     microbatch_size: int = what("pictures in a microbatch, at most; BatchNorm's statistics stay inside it", ge=2, le=10**12)
 
     @field_validator("arch_args")
@@ -247,7 +247,7 @@ class Learning(Strict):
     "Fields of a recipe: optimizer, learning rate and loss."
 
     optimizer: Literal["sgd", "adamw", "radam", "lamb", "muon"] = what(
-        "of torch.optim; lamb and muon of timm; weight decay is decoupled but in sgd", "sgd"
+        "of torch.optim; lamb and muon of timm; weight decay is decoupled, except in sgd", "sgd"
     )
     momentum: float = what("of sgd and muon, Nesterov's where it is > 0", 0.9, ge=0, lt=1)
     betas: tuple[Decay, Decay] = what(
@@ -266,7 +266,7 @@ class Learning(Strict):
     schedule: Literal["cosine", "flat_cosine", "onecycle", "linear", "step"] = what("how the rate falls after the warm-up", "cosine")
     flat_ratio: float = what("share of all steps after which flat_cosine begins to fall", 0.75, ge=0, lt=1)
     warmup_ratio: float = what("share of all steps in which the rate grows up to peak_lr", 0.0, ge=0, lt=1)
-    final_lr_share: Share = what("where the rate ends but in 'step', as a share of peak_lr", 0.0)
+    final_lr_share: Share = what("where the rate ends, except in 'step', as a share of peak_lr", 0.0)
     step_epochs: Positive = what("schedule 'step': epochs between two drops", 30.0)
     step_gamma: Positive = what("schedule 'step': what each drop multiplies the rate by", 0.1)
     loss: Literal["cross_entropy", "bce"] = what(
@@ -568,9 +568,9 @@ class Parameters(Strict):
     hw: str = what("hardware profile", "local")
     recipe: str = what("a recipe's name, or a YAML file; empty: the profile's default", "")
     name: str = what("of the run; empty: made from recipe, hw and time", "")
-    data_dir: str = what("folder with train/ and val/; empty: $DATASET_DIR, then the project's data/", "")
+    data_dir: str = what("folder of the pictures; empty: $PHOTOS_DIR, $IMAGENETTE_DIR or $IMAGENET_DIR, then the project's data/", "")
     seed: int = what("of every random draw", 0, ge=0, lt=2**63)
-    numerics: Numerics = what("what is the same for any number of processes", "close")
+    numerics: Numerics = what("weights on any number of processes: close (the same up to rounding) or exact (to the bit)", "close")
     nodes: Count = what("machines that train together; the same command is given on each of them", 1)
     rdzv: str = what("HOST:PORT where they meet; HOST is one of them, and leads", "")
     overrides: dict[str, Any] = what("recipe or hardware fields that this run changes", {})
@@ -668,7 +668,7 @@ class RunConfig(Strict):
 
 # %% ../nbs/00_config.ipynb #given_path
 def given_path(path: str | Path) -> Path:
-    "A path as a person gives it: ~ is their home; that of nobody is a name like others."
+    "A path as a person gives it: ~ is their home; ~NAME of nobody who is known here is left as it is."
     return Path(os.path.expanduser(path))
 
 # %% ../nbs/00_config.ipynb #parse_yaml

@@ -68,7 +68,6 @@ RUN = {
     ),
     "resnet-nb runs": ("", "completed  epoch 3/3"),
     "resnet-nb train NAME": ("", "done: "),
-    "resnet-nb train NAME --detach": ("", "done: "),
     "resnet-nb evaluate NAME": (" --no-page", "weakest class"),
     "resnet-nb predict NAME PICTURES": (" --top 2", "%"),
     "resnet-nb export NAME": (" --format safetensors", "23 of 23 answers the same"),
@@ -81,7 +80,7 @@ RUN = {
         f" hw=cpu2 recipe=digits name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'",
         "done: ",
     ),
-    "make train hw=cpu2 numerics=exact": (
+    "make train hw=cpu2 numerics=exact name=digits-exact": (
         f" recipe=digits name={{new}} data_dir='{{data}}' overrides='{json.dumps(json.loads(ONE_EPOCH)['overrides'])}'",
         "done: ",
     ),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
@@ -338,15 +339,29 @@ def test_make_has_the_targets_that_are_promised():
     assert ["".join(found) for found in promised.findall("`make tea`, make coffee\nmake sure that\n    make cake x=1")] == ["tea", "cake"]
 
 
+def make_n(*given: str) -> subprocess.CompletedProcess:
+    "What make would do, without what the make of `make test` tells its children, in whose name it would speak of its folder."
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "TORCH"))}
+    return subprocess.run(["make", "-n", *given], cwd=ROOT, env=alone, capture_output=True, text=True)
+
+
 def test_make_train_refuses_what_it_does_not_know():
-    # what the make of `make test` tells its children, in whose name it would speak of its folder
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    make = lambda *given: subprocess.run(["make", "-n", "train", *given], cwd=ROOT, env=alone, capture_output=True, text=True)
-    wrong = make("recipie=imagenette", "seed=1")
+    wrong = make_n("train", "recipie=imagenette", "seed=1")
     assert wrong.returncode == 2 and "make train does not know recipie=; it takes hw= recipe= name=" in wrong.stderr
-    right = make("recipe=imagenette", "data_dir=/my  pictures", "seed=1", "overrides={epochs: 2}")  # the control
+    right = make_n("train", "recipe=imagenette", "data_dir=/my  pictures", "seed=1", "overrides={epochs: 2}")  # the control
     assert right.returncode == 0
     assert right.stdout.endswith("train -r recipe 'imagenette' -r data_dir '/my  pictures' -p seed '1' -p overrides '{epochs: 2}'\n")
+
+
+def test_another_build_of_torch_is_installed_where_one_is_there():
+    if not (ROOT / ".venv" / "done").exists():
+        pytest.skip("needs what `make setup` leaves")
+    settled = [word for file in ("settings.ini", "setup.py", "pyproject.toml") for word in ("-o", file)]  # since it was made
+    assert (
+        "pip install --quiet torch==2.10.0 torchvision==0.25.0 "
+        in make_n(*settled, "setup", "TORCH=torch==2.10.0 torchvision==0.25.0").stdout
+    )
+    assert "pip install" not in make_n(*settled, "setup").stdout  # the control
 
 
 def test_ci_runs_only_make():

@@ -350,15 +350,15 @@ class JudgedClassifier(LearningClassifier):
         return self.mix(images, targets)
 
     @property
-    def waits(self) -> bool:
+    def at_hand(self) -> bool:
         "Whether this step's sums can be read without waiting for a GPU."
         return self.step_sums.last.device.type == "cpu"
 
     def judge(self) -> None:
         "After the sums of a step and before its update: NotANumber on all ranks where the loss is not one, at once or, on a GPU, later."
-        if self.waits and self.step_sums.last[2]:
+        if self.at_hand and self.step_sums.last[2]:
             raise NotANumber(self.global_step + 1)
-        if not self.waits and not self.gradient_sum:  # exact sums wait for a GPU, and raise by themselves
+        if not self.at_hand and not self.gradient_sum:  # exact sums wait for a GPU, and raise by themselves
             weights = torch.cat([p.detach().reshape(-1) for p in self.network.parameters()])
             self._kept = torch.where(self._broken.to(weights) > 0, self._kept.to(weights), weights)
             self._broken = self._broken.to(weights) + self.step_sums.last[2]

@@ -233,7 +233,7 @@ def build_model(
         raise ValueError(f"arch {arch!r} can't be trained here: {error}") from None
 
 # %% ../../nbs/learn/01_network.ipynb #logits
-def _logits(network: nn.Module, arch: str, size: int, arch_args: Mapping[str, Any]) -> None:
+def _validate_logits(network: nn.Module, arch: str, size: int, arch_args: Mapping[str, Any]) -> None:
     "Show two pictures of `size` px to a network on torch's meta device; ValueError where it can't take them, or answers with anything but logits."
     given = f"arch {arch!r}{f' with arch_args={dict(arch_args)}' if arch_args else ''}"
     try:
@@ -248,7 +248,7 @@ def _logits(network: nn.Module, arch: str, size: int, arch_args: Mapping[str, An
 def _validate_buffers(network: nn.Module, arch: str, size: int, arch_args: Mapping[str, Any]) -> None:
     "ValueError where a network on the meta device keeps something of a microbatch by itself, besides what GhostBatchNorm2d has."
     before = {name: (tensor, tensor._version) for name, tensor in network.named_buffers()}
-    _logits(network.train(), arch, size, arch_args)
+    _validate_logits(network.train(), arch, size, arch_args)
     for name, tensor in network.named_buffers():
         if name not in before or tensor is not before[name][0] or tensor._version != before[name][1]:
             raise ValueError(
@@ -274,7 +274,7 @@ def check_sizes(
             f"arch_args={dict(arch_args)}: {arch} would drop a share of {wrong[0]:g} of its paths, needed is one from 0 to below 1"
         )
     for size in sizes:
-        _logits(network, arch, size, arch_args)
+        _validate_logits(network, arch, size, arch_args)
     if other := next((name for name in seen if calls[name] != len(sizes)), None):
         raise ValueError(
             f"arch {arch!r} can't be trained here: its norm {other} works {calls[other] / len(sizes):g} times per picture, needed is once"

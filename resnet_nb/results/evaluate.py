@@ -257,7 +257,7 @@ def find_split(config: RunConfig, split: str, data_dir: str | Path = "") -> Inde
 
 # %% ../../nbs/results/01_evaluate.ipynb #predictions
 def predictions(network: nn.Module, index: Index, labels: np.ndarray, logits: np.ndarray) -> pa.Table:
-    "A row for each picture: path, label, answer, the answer's probability, and the label's."
+    "A row for each picture: path, label, answer, whether it is right, its probability, and the label's."
     chances, names = softmax(logits.astype(np.float64), axis=1), np.array(network.classes)
     answers, rows = logits.argmax(axis=1), np.arange(len(index))
     return pa.table(

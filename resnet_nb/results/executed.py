@@ -30,8 +30,8 @@ def is_whole(notebook: dict) -> bool:
     return all(cell["execution_count"] for cell in cells) and not failed and bool(last["outputs"])
 
 # %% ../../nbs/results/06_executed.ipynb #ending
-def ending(run_dir: Path) -> str:
-    "What became of a run, as a paragraph in Markdown."
+def ending(run_dir: Path, drawn: bool) -> str:
+    "What became of a run, as a paragraph in Markdown; whether its curves were `drawn`."
     status, name, epochs = read_status(run_dir), run_dir.name, load_config(run_dir).recipe.epochs
     done = (status.get("last") or {}).get("epoch", -1) + 1
     lines = [f"**The run, as its folder tells it:** `{name}` is {status['status']}, after {done} of {epochs} epoch{'s' * (epochs != 1)}."]
@@ -39,12 +39,13 @@ def ending(run_dir: Path) -> str:
         lines[0] += f" Its best one was epoch {best['epoch'] + 1}, with a top-1 accuracy of {best['val/acc']:.2%}."
     if status["reason"]:
         lines += ["", "~~~", status["reason"].replace("~~~", ""), "~~~"]
+    curves = "; curves were drawn afterwards" if drawn else ""
     todo = "executes this notebook anew" if status["status"] == "completed" else "goes on"
     return "\n".join(
         [
             *lines,
             "",
-            f"The cell above did not end as it should, and those below were not executed; curves were drawn afterwards. `resnet-nb train {name}` {todo}.",
+            f"The cell above did not end as it should, and those below were not executed{curves}. `resnet-nb train {name}` {todo}.",
         ]
     )
 
@@ -92,5 +93,5 @@ def mend_notebook(run_dir: Path, template: Path) -> bool:
         curves = plot_run(run_dir)
     except ValueError:  # no epoch has ended
         curves = None
-    write_file(path, json.dumps(mended(notebook, ending(run_dir), curves), indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(mended(notebook, ending(run_dir, curves is not None), curves), indent=1, ensure_ascii=False) + "\n")
     return True

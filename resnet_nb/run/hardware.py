@@ -333,11 +333,10 @@ def check_machine(
     config: RunConfig,
     found: dict | None = None,  # as `find_devices` returns it; None: asked
     containers: int = 0,  # files that hold many pictures each, which every data worker keeps open
-    ask: Callable = ask_torch,
 ) -> list[Check]:
     "All that this machine needs for the run and has. Nothing is computed and nothing stays on the disk."
     found = found or (find_devices() if config.hardware.accelerator != "cpu" else NO_DEVICES)
-    size = step_size(config, ask)
+    size = step_size(config)
     return [
         *_check_devices(config, found),
         _check_memory(config, found, step_memory(config, *size)),

@@ -356,7 +356,7 @@ if __name__ == "__main__" and "__file__" in globals():
 
 # %% ../../nbs/run/06_launch.ipynb #start
 class RunFailed(RuntimeError):
-    "A run ended with an error; the message carries the failing rank's traceback and exit code."
+    "A run ended with an error: the message is one sentence where it is of a known kind, else it carries the failing rank's traceback and exit code."
 
     code = 1  # of the command that ends with it
 
@@ -447,7 +447,7 @@ def duration(seconds: float) -> str:
 
 # %% ../../nbs/run/06_launch.ipynb #pixels_before
 def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
-    "Of all steps before `step`, in units that are the same for all."
+    "The work of all steps before `step`: of each the square of its image size."
     parts = size_plan(recipe)
     ends = [first for first, _ in parts[1:]] + [recipe.epochs]
     within = lambda first, end: min(step, end * per_epoch) - min(step, first * per_epoch)
@@ -611,7 +611,7 @@ def observe(
     show: Callable[[str], None] = print,  # gets one line per epoch
     on_epoch: Callable[[], None] = lambda: None,  # called after new lines
     history: bool = True,  # begin with the epochs that are done
-    on_progress: Callable[[Progress], bool] = lambda progress: False,  # called every second; is it seen?
+    on_progress: Callable[[Progress], bool] = lambda progress: False,  # called every second; says whether somebody sees it
 ) -> dict:
     "Show a run until it ends, and return its status; RunFailed where it failed. An interrupt ends only the looking on."
     config, new_rows, train = load_config(run_dir), coming_rows(run_dir), {}
@@ -718,7 +718,7 @@ def run_names() -> list[str]:
 
 
 def describe_run(name: str) -> dict:
-    "What a run is and how far it has come: name, status, epoch (finished ones), epochs, step, best and last accuracy, recipe, hw, age (s), problem."
+    "What a run is and how far it has come: name, status, epoch (finished ones), epochs, step, best and last accuracy, recipe, hw, age (s), problem, mirror."
     try:
         config, status = load_config(run_path(name)), read_status(run_path(name))
     except ValueError as error:

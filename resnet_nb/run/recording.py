@@ -41,10 +41,12 @@ def current_lr(trainer) -> float | None:
 
 
 def lr_line(epoch: int, epochs: int, lr: float | None) -> str:
+    "The line of an epoch's first learning rate; of `epoch` from 0."
     return f"📚 Epoch {epoch + 1}/{epochs} | Learning Rate: {'N/A' if lr is None else f'{lr:.6e}'}"
 
 
 def start_line(epoch: int, epochs: int) -> str:
+    "The line before an epoch, from 0."
     return f"🔄 EPOCH {epoch + 1}/{epochs} - Starting..."
 
 
@@ -217,7 +219,7 @@ class WaitingSteps:
         self.rows, self.sums, self.room = [], [], 1
 
     def add(self, row: dict, sums: torch.Tensor) -> bool:
-        "Take one step's row and its sums, (3,) int64; returns whether it is time to fetch."
+        "Take one step's row and its sums, (5,) int64 of `StepSums`; returns whether it is time to fetch."
         self.rows.append(row)
         self.sums.append(sums)
         return len(self.rows) == self.room

@@ -62,13 +62,9 @@ def set_threads(config: RunConfig) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # without it Lightning's DDP sets the threads anew
 
 
-def validate_exact(config: RunConfig, accelerator: str) -> None:
+def validate_exact(config: RunConfig) -> None:
     "Raise ValueError where exact numerics can't be held, with the reason."
     each = config.microbatches_per_rank
-    if accelerator == "mps":
-        raise ValueError(
-            "numerics=exact is not offered on MPS, whose kernels promise no fixed order of sums; use accelerator cpu, or numerics=close"
-        )
     if (torch.tensor(1.0) / each * each).item() != 1.0:
         raise ValueError(f"numerics=exact can't undo a division by {each} microbatches per rank to the bit; use another number of devices")
 
@@ -382,7 +378,7 @@ def run_rank(run_dir: Path, attempt: int) -> str:
     config = load_config(run_dir)
     set_threads(config)
     if config.numerics == "exact":
-        validate_exact(config, config.hardware.accelerator)
+        validate_exact(config)
     peers = meet(config)
     try:
         return _train(run_dir, config, attempt, peers)
