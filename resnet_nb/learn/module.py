@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
 from ..config import Recipe, RunConfig
-from .network import RunningStats, build_model, freeze, head_name, param_groups, stages, start_from, timm_layers
+from .network import RunningStats, build_model, freeze, head_names, param_groups, stages, start_from, timm_layers
 from .numerics import UNIT, GradientSum, NotANumber, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
 from ..schedule import is_frozen, lr_at, size_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
@@ -136,7 +136,7 @@ def _of_timm(name: str):
 
 def _muon(network: nn.Module, groups: list[dict], recipe: Recipe) -> torch.optim.Optimizer:
     "Steps whose matrices are orthogonal (Jordan et al. 2024), as large as AdamW's (Liu et al. 2025); the head, norms and biases learn by NAdamW."
-    head = set(network.get_submodule(head_name(network)).parameters())
+    head = {p for name in head_names(network) for p in network.get_submodule(name).parameters()}
     groups = [
         group | {"params": those, "use_fallback": of_head}
         for group in groups
@@ -197,6 +197,13 @@ def binary_cross_entropy(
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pictures, RGB in 0..1
 
 
+def _averaging(decay: float):
+    "How averages of weights and statistics move; whole numbers, such as indices of positions, are taken as they are."
+    move = get_ema_multi_avg_fn(decay)
+    take = lambda averages, current, count: torch._foreach_copy_(averages, current)
+    return lambda averages, *given: (move if averages[0].is_floating_point() else take)(averages, *given)
+
+
 class ImageClassifier(L.LightningModule):
     "A network with its normalization, and with an average of its weights where the recipe asks for one: images in, logits out."
 
@@ -209,7 +216,7 @@ class ImageClassifier(L.LightningModule):
             self.network = self.network.to(memory_format=torch.channels_last)
         self.ema = None
         if decay := config.recipe.ema_decay:
-            self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True).requires_grad_(False)
+            self.ema = AveragedModel(self.network, multi_avg_fn=_averaging(decay), use_buffers=True).requires_grad_(False)
         if config.hardware.compile:
             self.network.compile(dynamic=False)  # in place: its tensors keep their names
             torch._dynamo.config.recompile_limit = (

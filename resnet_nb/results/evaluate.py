@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from ..data.splits import load_data, test_data, whole_data
 from ..data.transforms import ORIENTATION, decode, eval_picture, load_eval
 from ..files import read_json, write_file, write_json
 from ..learn.module import MEAN, STD
-from ..learn.network import FILES, build_model, head_name, load_weights, plain_batchnorm, read_weights, weights_file
+from ..learn.network import FILES, build_model, load_weights, outline, plain_batchnorm, read_weights, weights_file
 from .processes import in_processes, threads
 from .scores import TITLES, Interval, scores
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
@@ -100,31 +100,35 @@ def load_network(
         raise ValueError(f"run {run_dir.name!r} has no checkpoint yet")
     classes = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)["classes"]
     network = build_model(recipe.arch, len(classes), recipe.dropout, recipe.arch_args)
-    load_weights(network, read_weights(checkpoint / STATE))
+    load_weights(network, read_weights(checkpoint / STATE, network.state_dict().keys()))
     manifest = read_json(checkpoint / "MANIFEST.json", step=int, epoch=int)
     network.classes, network.source = classes, {"run": run_dir.name, "which": which, "step": manifest["step"]}
     network.preprocess = Preprocess(eval_size_at(recipe, manifest["epoch"]), recipe.val_resize, recipe.exif_orientation)
     return plain_batchnorm(network).eval()
 
 # %% ../../nbs/results/01_evaluate.ipynb #load_plain
+def _num_classes(state: Mapping[str, torch.Tensor], arch: str) -> int:
+    "The classes of a network's weights, told from a tensor whose shape depends on them; ValueError where it is not there."
+    shapes = [{name: tensor.shape for name, tensor in outline(arch, count).state_dict().items()} for count in (2, 3)]
+    name = next(name for name in shapes[0] if shapes[0][name] != shapes[1][name])
+    if name not in state or state[name].dim() != len(shapes[0][name]):
+        raise ValueError(f"has no {name!r} of this network, so no classes can be told from it")
+    return len(state[name])
+
+
 def _load_plain(source: str, arch: str) -> nn.Module:
     "A network from a file of weights, or from those of torchvision, whose classes and preparation are known."
-    path = weights_file(source, arch)
-    with torch.device("meta"):
-        head = head_name(build_model(arch, 2)) + ".weight"
+    path, names = weights_file(source, arch), outline(arch, 2).state_dict().keys()
     try:
-        if head not in (state := read_weights(path)):
-            raise ValueError(f"has no {head!r}, so no classes can be told from it")
-        network = build_model(arch, len(state[head]))
-        load_weights(network, state)
-        shapes = lambda tensors: {
-            name: list(tensor.shape) for name, tensor in tensors.items() if name.startswith(head.removesuffix("weight"))
-        }
-        if shapes(state) != shapes(network.state_dict()):  # then it was left out, and would be a random one
-            raise ValueError(f"has another classifier than this network: {shapes(state)}, not {shapes(network.state_dict())}")
+        state = read_weights(path, names)
+        network = build_model(arch, _num_classes(state, arch))
+        left = [name for name in load_weights(network, state)["left_out"] if not name.endswith("num_batches_tracked")]
+        if left:  # it would be a random one
+            there, here = ({name: list(held[name].shape) for name in left if name in held} for held in (state, network.state_dict()))
+            raise ValueError(f"has another classifier than this network: {there}, not {here}")
     except ValueError as error:
         raise ValueError(f"weights {source!r}: it {error}") from None
-    network.classes, network.preprocess = [str(i) for i in range(len(state[head]))], Preprocess(224, 256 / 224)
+    network.classes, network.preprocess = [str(i) for i in range(_num_classes(state, arch))], Preprocess(224, 256 / 224)
     network.source = {"weights": Path(source).name, "arch": arch, "classes": "by their order"}
     if not source.endswith(FILES):
         weights = torchvision.models.get_model_weights(arch)

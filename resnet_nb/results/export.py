@@ -69,7 +69,8 @@ Answers = Callable[[torch.Tensor], np.ndarray]  # images in, logits out
 
 def write_safetensors(program: nn.Module, images: torch.Tensor, path: Path, about: dict) -> Answers:
     "Write the weights of `program`; returns how they answer once they are read again."
-    save_file(program.state_dict(), path, {name: json.dumps(value) for name, value in about.items()} | {"format": "pt"})
+    tensors = {name: tensor.clone() for name, tensor in program.state_dict().items()}  # each its own, where layers share one
+    save_file(tensors, path, {name: json.dumps(value) for name, value in about.items()} | {"format": "pt"})
     again = build_model(about["arch"], len(about["classes"]), arch_args=about["arch_args"]).eval()
     again.load_state_dict(load_file(path))
     return lambda images: again(images).numpy()
