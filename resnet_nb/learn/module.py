@@ -193,15 +193,15 @@ def binary_cross_entropy(
     shares = F.one_hot(wanted, logits.shape[1]) if wanted.ndim == 1 else wanted
     return F.binary_cross_entropy_with_logits(logits.float(), (1 - smoothing) * shares.float() + smoothing / logits.shape[1])
 
-# %% ../../nbs/learn/02_module.ipynb #ImageClassifier
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pictures, RGB in 0..1
-
-
+# %% ../../nbs/learn/02_module.ipynb #averaging
 def _averaging(decay: float):
     "How averages of weights and statistics move; whole numbers, such as indices of positions, are taken as they are."
     move = get_ema_multi_avg_fn(decay)
     take = lambda averages, current, count: torch._foreach_copy_(averages, current)
     return lambda averages, *given: (move if averages[0].is_floating_point() else take)(averages, *given)
+
+# %% ../../nbs/learn/02_module.ipynb #ImageClassifier
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pictures, RGB in 0..1
 
 
 class ImageClassifier(L.LightningModule):
