@@ -251,7 +251,7 @@ def build_model(
     try:
         network = build(name, num_classes, dropout, dict(arch_args))
     except Exception as error:  # of whichever kind: it is somebody else's network
-        if dropout is None and not arch_args or isinstance(error, NotImplementedError):
+        if dropout is None and not arch_args or torch.empty(0).is_meta and isinstance(error, NotImplementedError):
             raise
         given = " and ".join([f"dropout={dropout}"] * (dropout is not None) + [f"arch_args={dict(arch_args)}"] * bool(arch_args))
         raise ValueError(f"{given}: {arch} can't be built with that ({_said(error)}); leave it out") from None
