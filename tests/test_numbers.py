@@ -83,7 +83,7 @@ def test_close_is_advised_only_where_it_can_hold_what_exact_sums_cannot(make_con
 def test_found_late_as_on_a_gpu_the_step_is_looked_into_with_its_own_weights(make_config, tmp_path, monkeypatch):
     weights = weights_file(tmp_path, lambda network: network.fc.weight.data.fill_(1e38))
     at_once = failure_of(make_config("at-once", "local", weights=weights, **SHORT))
-    monkeypatch.setattr(JudgedClassifier, "waits", False)
+    monkeypatch.setattr(JudgedClassifier, "at_hand", False)
     late = failure_of(make_config("late", "local", weights=weights, **SHORT))
     assert late.replace("late", "at-once") == at_once and "the output of fc is not finite" in late
     monkeypatch.setattr(JudgedClassifier, "take_back", lambda self: None)  # the control: the update has spoilt all
