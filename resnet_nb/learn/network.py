@@ -214,7 +214,7 @@ def _of_torchvision(arch: str, num_classes: int, dropout: float | None, args: di
 
 # %% ../../nbs/learn/01_network.ipynb #validate_args
 ELSEWHERE = {"device", "dtype"}  # arguments that would say what the hardware profile says
-SHARES = re.compile(r"drop\w*_rate|\w*drop(out)?|\w*_prob")  # names of arguments that are shares
+SHARES = re.compile(r"\w*drop\w*_rate|\w*drop(out)?|\w*_prob")  # names of arguments that are shares
 
 
 def _validate_args(dropout: float | None, arch_args: Mapping[str, Any]) -> None:
@@ -251,7 +251,8 @@ def build_model(
     try:
         network = build(name, num_classes, dropout, dict(arch_args))
     except Exception as error:  # of whichever kind: it is somebody else's network
-        if dropout is None and not arch_args or torch.empty(0).is_meta and isinstance(error, NotImplementedError):
+        computes = torch.empty(0).is_meta and isinstance(error, NotImplementedError)  # then `outline` builds it in memory
+        if computes or dropout is None and not arch_args:
             raise
         given = " and ".join([f"dropout={dropout}"] * (dropout is not None) + [f"arch_args={dict(arch_args)}"] * bool(arch_args))
         raise ValueError(f"{given}: {arch} can't be built with that ({_said(error)}); leave it out") from None

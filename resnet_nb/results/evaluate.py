@@ -121,14 +121,14 @@ def _load_plain(source: str, arch: str) -> nn.Module:
     path, names = weights_file(source, arch), outline(arch, 2).state_dict().keys()
     try:
         state = read_weights(path, names)
-        network = build_model(arch, _num_classes(state, arch))
+        network = build_model(arch, count := _num_classes(state, arch))
         left = [name for name in load_weights(network, state)["left_out"] if not name.endswith("num_batches_tracked")]
         if left:  # it would be a random one
             there, here = ({name: list(held[name].shape) for name in left if name in held} for held in (state, network.state_dict()))
             raise ValueError(f"has another classifier than this network: {there}, not {here}")
     except ValueError as error:
         raise ValueError(f"weights {source!r}: it {error}") from None
-    network.classes, network.preprocess = [str(i) for i in range(_num_classes(state, arch))], Preprocess(224, 256 / 224)
+    network.classes, network.preprocess = [str(i) for i in range(count)], Preprocess(224, 256 / 224)
     network.source = {"weights": Path(source).name, "arch": arch, "classes": "by their order"}
     if not source.endswith(FILES):
         weights = torchvision.models.get_model_weights(arch)
