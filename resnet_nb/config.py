@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'MANY', 'Called', 'NOUNS', 'Model', 'SIZES', 'Size', 'Share', 'Positive', 'Decay', 'NotNegative',
-           'Ratio', 'Alpha', 'Count', 'Whole', 'VARIANT', 'MUON', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME',
-           'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table', 'Shelf', 'what',
-           'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines',
-           'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'given_path', 'parse_yaml',
-           'as_yaml', 'read_recipe', 'project_root']
+           'Ratio', 'Alpha', 'Count', 'Whole', 'MEAN', 'STD', 'VARIANT', 'MUON', 'RECIPES', 'HARDWARE', 'ABOUT',
+           'Numerics', 'NAME', 'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table',
+           'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware',
+           'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'given_path',
+           'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -200,6 +200,7 @@ Ratio = Annotated[float, Field(ge=0.01, le=100)]
 Alpha = Annotated[float, Field(ge=0, le=1e30), AfterValidator(_can_be_drawn)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
 Whole = Annotated[int, Field(ge=0, le=10**12)]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training pictures
 
 
 def what(meaning: str, default: Any = ..., **limits: Any) -> Any:
@@ -220,6 +221,9 @@ class Network(Strict):
     image_sizes: tuple[Size, ...] = what("px; one per equal part of the epochs; of more sizes than epochs the last count", min_length=1)
     test_size: Size | None = what("px, of validation pictures throughout; None: as large as the epoch trains with", None)
     val_resize: float = what("short side before the centre crop, in units of the crop's side", 1.0, ge=1, le=2)
+    normalization: tuple[tuple[Share, Share, Share], tuple[Positive, Positive, Positive]] | None = what(
+        "mean and deviation of red, green and blue, in 0..1: one is subtracted, and the rest divided by the other; None: ImageNet's", None
+    )
     dropout: float | None = what("before the classifier, in architectures that have it; None: as torchvision has it", None, ge=0, lt=1)
     num_microbatches: Count = what("in a global batch, which makes one optimizer step")
     microbatch_size: int = what("pictures in a microbatch, at most; BatchNorm's statistics stay inside it", ge=2, le=10**12)
@@ -365,6 +369,11 @@ class Recipe(Augmentation, Learning, Network):  # pydantic lists the fields of t
         return self.num_microbatches * self.microbatch_size
 
     @property
+    def mean_std(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+        "Mean and deviation by which pictures are normalized, RGB in 0..1."
+        return self.normalization or (MEAN, STD)
+
+    @property
     def needs_timm(self) -> bool:
         "Whether its network, its optimizer or Lookahead is timm's."
         return self.arch.startswith("timm/") or self.optimizer in ("lamb", "muon") or self.lookahead > 0
@@ -385,8 +394,8 @@ RECIPES = {
     ),
     "imagenette": Recipe(
         dataset="imagenette", arch="resnet18", epochs=20, image_sizes=(96, 128, 160), val_resize=8 / 7,
-        num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, warmup_ratio=1 / 10,
-        label_smoothing=0.1, crop_scale=(0.25, 1.0),
+        num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, schedule="flat_cosine", warmup_ratio=1 / 10,
+        label_smoothing=0.1, crop_scale=(0.35, 1.0),
     ),
     "imagenette-5": Recipe(**MUON, epochs=5, image_sizes=(128,), expected_acc=0.87),
     "imagenette-20": Recipe(**MUON | {"crop_scale": (0.35, 1.0)}, epochs=20, image_sizes=(64, 96, 128, 128), expected_acc=0.91),

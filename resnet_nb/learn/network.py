@@ -6,7 +6,7 @@
 __all__ = ['TIMM', 'OUTSIDE', 'ELSEWHERE', 'SHARES', 'FILES', 'PREFIX', 'AUXILIARY', 'MATRIX', 'GhostBatchNorm2d',
            'GhostBatchNormAct2d', 'ghost_batchnorm', 'plain_batchnorm', 'RunningStats', 'timm_layers', 'timm_problem',
            'compile_problem', 'build_model', 'outline', 'check_sizes', 'arch_problem', 'unseen_taps', 'step_size',
-           'weights_file', 'read_weights', 'head_names', 'load_weights', 'start_from', 'weights_problem', 'freeze',
+           'weights_entry', 'weights_file', 'read_weights', 'head_names', 'load_weights', 'start_from', 'freeze',
            'stages', 'depth_of_modules', 'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
@@ -379,10 +379,25 @@ def step_size(arch: str, size: int, arch_args: Mapping[str, Any] = MappingProxyT
         network(images)
     return sum(p.numel() for p in network.parameters()), sum(kept[number].nbytes() for number in kept.keys() - own) // 2
 
-# %% ../../nbs/learn/01_network.ipynb #weights_file
+# %% ../../nbs/learn/01_network.ipynb #weights_entry
 FILES = (".pth", ".pt", ".safetensors", ".ckpt")  # endings of files with weights
 
 
+def weights_entry(
+    source: str,  # 'default', or an entry's name, such as IMAGENET1K_V2
+    arch: str,  # of torchvision
+) -> torchvision.models.WeightsEnum:
+    "What torchvision has under this name; ValueError where there is none."
+    entries = torchvision.models.get_model_weights(arch)
+    name = source.removeprefix(f"{entries.__name__}.")
+    if name != "default" and name not in entries.__members__:
+        raise ValueError(
+            f"weights={source!r} is no file ({', '.join(FILES)}), no run, and no weights that torchvision has for {arch}; "
+            f"{nearest(name, ['default', *entries.__members__])}"
+        )
+    return entries.DEFAULT if name == "default" else entries[name]
+
+# %% ../../nbs/learn/01_network.ipynb #weights_file
 def weights_file(
     source: str,  # a file, or 'default', or an entry of torchvision's weights such as IMAGENET1K_V2
     arch: str,
@@ -394,14 +409,7 @@ def weights_file(
         return Path(source)
     if arch.startswith(TIMM):
         raise ValueError(f"weights={source!r} is no file ({', '.join(FILES)}) and no run, and {arch} can start from these alone")
-    entries = torchvision.models.get_model_weights(arch)
-    name = source.removeprefix(f"{entries.__name__}.")
-    if name != "default" and name not in entries.__members__:
-        raise ValueError(
-            f"weights={source!r} is no file ({', '.join(FILES)}), no run, and no weights that torchvision has for {arch}; "
-            f"{nearest(name, ['default', *entries.__members__])}"
-        )
-    entry = entries.DEFAULT if name == "default" else entries[name]
+    entry = weights_entry(source, arch)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(entry.url).path).name
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -514,15 +522,6 @@ def start_from(network: nn.Module, source: str, arch: str) -> dict:
         return {"file": path.name, "sha256": sha256} | load_weights(network, read_weights(path, network.state_dict().keys()))
     except ValueError as error:
         raise ValueError(f"weights {str(path)!r}: it {error}") from None
-
-
-def weights_problem(source: str, arch: str, num_classes: int, arch_args: Mapping[str, Any] = MappingProxyType({})) -> str:
-    "What `start_from` says against `source`; empty where nothing is wrong."
-    try:
-        start_from(build_model(arch, num_classes, arch_args=arch_args), source, arch)
-        return ""
-    except ValueError as error:
-        return str(error)
 
 # %% ../../nbs/learn/01_network.ipynb #freeze
 def freeze(

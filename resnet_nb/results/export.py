@@ -23,9 +23,8 @@ from ..config import Recipe, given_path, nearest, one_sentence
 from ..data.index import Index
 from ..data.transforms import load_eval
 from ..files import DamagedFile, read_json, write_file, write_json
-from ..learn.module import MEAN, STD
 from ..learn.network import build_model
-from .evaluate import find_split, load_network, normalised
+from .evaluate import find_split, load_network
 from .scores import TITLES
 from ..run.checkpoints import find_run
 from ..run.folder import load_config, read_manifest, read_rows
@@ -47,8 +46,8 @@ def preparation(network: nn.Module, pixels_in: bool) -> dict:
         "steps": steps,
         "short_side": round(p.size * p.val_resize),
         "size": p.size,
-        "mean": MEAN,
-        "std": STD,
+        "mean": p.mean,
+        "std": p.std,
         "classes": network.classes,
     }
 
@@ -61,7 +60,7 @@ class TakesPixels(nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(normalised(images))
+        return self.network(self.network.preprocess.normalise(images))
 
 
 Answers = Callable[[torch.Tensor], np.ndarray]  # images in, logits out
@@ -160,7 +159,7 @@ def export(
     network, run_dir = load_network(run, which), find_run(str(run))
     config = load_config(run_dir)
     pixels = _some_images(network, find_split(config, "val", data_dir))
-    program, images = (TakesPixels(network).eval(), pixels) if pixels_in else (network, normalised(pixels))
+    program, images = (TakesPixels(network).eval(), pixels) if pixels_in else (network, network.preprocess.normalise(pixels))
     folder = given_path(out) if out else run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
     wanted, done = program(images).numpy(), []

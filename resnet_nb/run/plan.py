@@ -24,10 +24,11 @@ from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from ..names import check_names
-from .checkpoints import weights_source
+from .checkpoints import weights_run, weights_source
 from resnet_nb.run.hardware import (
     NETWORK,
     NO_DEVICES,
+    PUBLISHED,
     STEP_SIZES,
     ask_torch,
     check_limits,
@@ -183,8 +184,9 @@ def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch
     "Raise ValueError where the recipe's starting weights can't be found, read, or loaded into its network."
     if not recipe.weights:
         return
-    source = weights_source(recipe.weights)
-    if problem := ask(f"{NETWORK}.weights_problem({source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r})"):
+    source, run = weights_source(recipe.weights), weights_run(recipe.weights)
+    what = f"{source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r}, {recipe.normalization is None}"
+    if problem := ask(f"{PUBLISHED}.weights_problem({what}, {load_config(run).recipe.mean_std if run else None!r})"):
         raise ValueError(problem)
 
 # %% ../../nbs/run/05_plan.ipynb #validate

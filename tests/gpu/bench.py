@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from resnet_nb.config import Parameters
+from resnet_nb.config import MEAN, STD, Parameters
 from resnet_nb.data.pack import pack
 from resnet_nb.data.splits import make_digits
-from resnet_nb.learn.module import MEAN, STD, ResNetModule
+from resnet_nb.learn.module import ResNetModule
 from resnet_nb.run import launch
 from resnet_nb.run.folder import code_facts, create_run, environment_facts, make_run_dir, read_rows
 from resnet_nb.run.plan import resolve
