@@ -1,6 +1,7 @@
 """Runs that start from trained weights, and keep some of them as they are for a while."""
 
 import hashlib
+import re
 import time
 
 import pytest
@@ -10,9 +11,10 @@ from conftest import STEPS
 
 from resnet_nb import cli
 from resnet_nb.files import read_json
+from resnet_nb.learn.module import ResNetModule
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import STATE, best_checkpoint, checkpoint_path, checkpoints
-from resnet_nb.run.folder import all_rows, load_config, read_rows
+from resnet_nb.run.folder import all_rows, load_config, read_rows, run_path
 from resnet_nb.run.plan import validate
 from resnet_nb.schedule import lr_at
 
@@ -72,6 +74,21 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(donor, make_
     with pytest.raises(ValueError, match="no file .*no run, and no weights that torchvision has for resnet18"):
         validate(make_config("misspelt", "local", weights="doner"))
     validate(make_config("fits", "local", weights="donor"))
+
+
+def test_pictures_are_normalized_as_they_were_for_the_weights_that_a_run_starts_from(make_config):
+    half = [[0.5] * 3, [0.25] * 3]
+    launch.train(make_config("half", "local", normalization=half, **HEIR))
+    with pytest.raises(ValueError, match=re.escape(f"not by ImageNet's; add normalization: {half} to the recipe or the overrides")):
+        validate(make_config("unlike", "local", weights="half"))
+    validate(make_config("alike", "local", weights="half", normalization=half))
+    config = make_config("known", "local", weights="half", normalization=[[0.4] * 3, [0.25] * 3])  # who says so knows
+    validate(config)
+    means = {
+        float(ResNetModule(config, 10, 1).mean[0, 0, 0, 0]),
+        float(ResNetModule(load_config(run_path("half")), 10, 1).mean[0, 0, 0, 0]),
+    }
+    assert means == {102.0, 127.5}
 
 
 FROZEN = {
