@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from .bars import progress
 from resnet_nb.config import (
-    HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, as_yaml, checked, given_path, hardware_lines, nearest, parameter_hint, parse_yaml,
+    HARDWARE, RECIPES, Hardware, Parameters, Recipe, RunConfig, as_yaml, given_path, hardware_lines, nearest, parameter_hint, parse_yaml,
     read_recipe, recipe_lines,
 )  # fmt: skip
 from .data.index import BadPicture, cache_dir
@@ -75,7 +75,7 @@ def read_options(p=(), r=(), y=(), f=()) -> Parameters:
     for name in TEXT & given.keys():
         if not isinstance(given[name], str):
             raise ValueError(f"{name}={given[name]!r} is no text in YAML; put it in quotes, or pass it with -r {name} VALUE")
-    return checked(Parameters, given)
+    return Parameters(**given)
 
 # %% ../nbs/90_cli.ipynb #signals
 ENDS = (signal.SIGINT, signal.SIGTERM)
@@ -841,7 +841,7 @@ def reproduce(run, hw, name, y, as_json):
         "data_dir": old.data_dir,
         "overrides": recipe | hardware | changes,
     }
-    asked = checked(Parameters, old.parameters.model_dump(exclude={"nodes", "rdzv"}) | wish)  # on this machine, whatever it was made on
+    asked = Parameters(**old.parameters.model_dump(exclude={"nodes", "rdzv"}) | wish)  # on this machine, whatever it was made on
     config = resolve(asked, old=old)
     validate(config)
     again = launch.train(config, lambda line: click.echo(line, err=as_json))

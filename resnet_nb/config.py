@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'MANY', 'Called', 'NOUNS', 'Model', 'SIZES', 'Size', 'Share', 'Positive', 'Decay', 'NotNegative',
            'Ratio', 'Alpha', 'Count', 'Whole', 'MEAN', 'STD', 'VARIANT', 'MUON', 'RECIPES', 'HARDWARE', 'ABOUT',
-           'Numerics', 'NAME', 'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'checked', 'as_table',
-           'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware',
-           'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'given_path',
-           'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
+           'Numerics', 'NAME', 'MEMBER', 'MOST', 'HALVES', 'nearest', 'one_sentence', 'Strict', 'as_table', 'Shelf',
+           'what', 'Network', 'Learning', 'Pictures', 'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines',
+           'hardware_lines', 'split_rdzv', 'Parameters', 'parameter_hint', 'RunConfig', 'given_path', 'parse_yaml',
+           'as_yaml', 'read_recipe', 'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -128,7 +128,7 @@ class Strict(BaseModel):
                 raise ValueError(f"{name}={value}: needs a number")  # pydantic would take 1 or 0; in older YAML, `no` and `off` are False
         return values
 
-# %% ../nbs/00_config.ipynb #checked
+# %% ../nbs/00_config.ipynb #sentence
 Model = TypeVar("Model", bound=Strict)
 
 
@@ -153,11 +153,6 @@ def _sentence(model: type[Strict], report: ValidationError) -> str:
         ]
         return f"{field}={error['input']!r}: {', or '.join(dict.fromkeys(w[0].lower() + w[1:] for w in wanted))}"
     return error["msg"].removeprefix("Value error, ")
-
-
-def checked(model: type[Model], values: Mapping) -> Model:
-    "`model(**values)`; raises ValueError with one plain sentence for the first field that is wrong."
-    return model(**values)
 
 # %% ../nbs/00_config.ipynb #as_table
 def as_table(model: Strict) -> str:
@@ -741,7 +736,7 @@ def read_recipe(
             str(path.parent / given_path(base)) if base not in RECIPES and (path.parent / given_path(base)).is_file() else base,
             (*seen, path.resolve()),
         )[1:]
-        recipe = checked(Recipe, start.model_dump(exclude={"expected_acc"}) | values)
+        recipe = Recipe(**start.model_dump(exclude={"expected_acc"}) | values)
     except ValueError as error:
         raise ValueError(str(error) if "recipe file" in str(error) else f"{where}: {error}") from None
     sha256 = hashlib.sha256(data + base_sha256.encode()).hexdigest()

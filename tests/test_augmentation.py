@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from resnet_nb.config import RECIPES, Recipe, checked
+from resnet_nb.config import RECIPES, Recipe
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages
 from resnet_nb.data.sampler import SampleKey, microbatch_places
 from resnet_nb.data.transforms import CHOICES, change_picture, draw_changes, draw_operation
@@ -30,7 +30,7 @@ PICTURE[10:30, 10:30] = np.random.default_rng(0).integers(0, 256, (20, 20, 3))
 
 
 def recipe(**fields):
-    return checked(Recipe, RECIPES["imagenet"].model_dump() | fields)
+    return Recipe(**RECIPES["imagenet"].model_dump() | fields)
 
 
 # --- the operations are torchvision's ----------------------------------------------------------------------------------

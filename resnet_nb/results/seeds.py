@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import t as student
 
-from ..config import NAME, Parameters, RunConfig, checked
+from ..config import NAME, Parameters, RunConfig
 from ..run import launch
 from ..run.folder import has_trained, insist_same, load_config, read_rows, read_status, run_path
 from ..run.plan import resolve, validate
@@ -77,7 +77,7 @@ def planned(parameters: Parameters, count: int, variants: Sequence[Mapping]) -> 
                 raise ValueError(
                     f"variants {other!r} and {said!r} would both be runs called {names[0]!r}; give one of them alone, with another -p name"
                 )
-        found[said] = [checked(Parameters, each | {"name": name, "seed": seed}) for name, seed in zip(names, seeds)]
+        found[said] = [Parameters(**each | {"name": name, "seed": seed}) for name, seed in zip(names, seeds)]
     return found
 
 # %% ../../nbs/results/05_seeds.ipynb #run_seeds

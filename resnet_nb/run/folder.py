@@ -35,7 +35,7 @@ from typing import IO
 
 import psutil
 
-from ..config import Recipe, RunConfig, checked, one_sentence, project_root
+from ..config import Recipe, RunConfig, one_sentence, project_root
 from ..data.sampler import steps_per_epoch
 from ..files import SPARE, DamagedFile, keep_spare, read_json, told_if_full, write_file, write_json
 
@@ -72,7 +72,7 @@ def load_config(run_dir: Path) -> RunConfig:
             f"run {Path(run_dir).name!r} was written by another version of resnet-nb and can't be read; choose another name, or remove {str(run_dir)!r}"
         )
     try:
-        return checked(RunConfig, values)
+        return RunConfig(**values)
     except ValueError as error:
         raise DamagedFile(
             f"{str(path)!r} was edited, or written by another version of resnet-nb: {error}; bring it back from a copy, or choose another name"

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ..config import Hardware, RunConfig, checked, one_sentence, project_root
+from ..config import Hardware, RunConfig, one_sentence, project_root
 from ..files import DiskFull
 
 # %% ../../nbs/run/00_hardware.ipynb #ask_torch
@@ -109,7 +109,7 @@ def settle(
         "channels_last": accelerator == "cuda",
         "num_workers": workers,
     }
-    return checked(Hardware, hardware.model_dump() | {name: auto[name] for name in hardware.unsettled})
+    return Hardware(**hardware.model_dump() | {name: auto[name] for name in hardware.unsettled})
 
 # %% ../../nbs/run/00_hardware.ipynb #validate_hardware
 def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_nb.config import (
-    HARDWARE, RECIPES, Hardware, Model, Parameters, Recipe, RunConfig, checked, given_path, nearest, one_sentence, parameter_hint,
+    HARDWARE, RECIPES, Hardware, Model, Parameters, Recipe, RunConfig, given_path, nearest, one_sentence, parameter_hint,
     read_recipe, split_rdzv,
 )  # fmt: skip
 from ..data.index import Index
@@ -38,7 +38,7 @@ from resnet_nb.run.hardware import (
     settle,
     validate_hardware,
 )
-from .folder import is_locked, load_config, run_path
+from .folder import has_trained, is_locked, load_config, run_path
 from .place import validate_mirror
 from .nodes import PLACES, can_bind, hostname, moved, name_here, with_slurm
 from ..schedule import size_plan
@@ -46,7 +46,7 @@ from ..seed import STREAM_VERSION
 
 # %% ../../nbs/run/05_plan.ipynb #hardware_of
 def _overridden(model: type[Model], base: Model, overrides: dict) -> Model:
-    return checked(model, base.model_dump() | {k: v for k, v in overrides.items() if k in model.model_fields})
+    return model(**base.model_dump() | {k: v for k, v in overrides.items() if k in model.model_fields})
 
 
 def _hardware(p: Parameters) -> Hardware:
@@ -71,7 +71,7 @@ def _known(p: Parameters) -> Path | None:
 def _as_trained(p: Parameters) -> tuple[Parameters, RunConfig | None]:
     "Where the run that is named has trained, and no recipe is named with it: what it was, with what is given beside its name, and the run itself."
     folder = run_path(p.name)
-    if not p.name or p.recipe or not (folder / "config.json").exists() or not any((folder / "checkpoints").glob("step-*")):
+    if not p.name or p.recipe or not has_trained(folder):
         return p, None
     old = load_config(folder)
     given = {"data_dir": old.data_dir} | {name: getattr(p, name) for name in p.model_fields_set}
@@ -83,7 +83,7 @@ def settle_again(config: RunConfig) -> RunConfig:
     if config.hw not in HARDWARE:
         return config
     here = _hardware(config.parameters.model_copy(update={"hw": config.hw}))
-    return checked(RunConfig, config.model_dump() | {"hardware": here})
+    return RunConfig(**config.model_dump() | {"hardware": here})
 
 
 def count_again(config: RunConfig) -> RunConfig:
@@ -126,13 +126,13 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
     if recipe.dataset == "photos" and not (p.data_dir or os.environ.get("PHOTOS_DIR")):
         raise ValueError(f"recipe {recipe_name} is for pictures of your own; say where they are, with -p data_dir DIR or $PHOTOS_DIR")
     stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # two may start in one second
-    return checked(RunConfig, {
-        "name": name_here(p.name or f"{recipe_name}-{p.hw}-{stamp}", p),
-        "recipe_name": recipe_name, "recipe": recipe, "recipe_sha256": recipe_sha256,
-        "hw": p.hw, "hardware": _hardware(p),
-        "data_dir": str(find_data_dir(recipe.dataset, p.data_dir)),
-        "seed": p.seed, "numerics": p.numerics, "stream_version": STREAM_VERSION, "parameters": p,
-    })  # fmt: skip
+    return RunConfig(
+        name=name_here(p.name or f"{recipe_name}-{p.hw}-{stamp}", p),
+        recipe_name=recipe_name, recipe=recipe, recipe_sha256=recipe_sha256,
+        hw=p.hw, hardware=_hardware(p),
+        data_dir=str(find_data_dir(recipe.dataset, p.data_dir)),
+        seed=p.seed, numerics=p.numerics, stream_version=STREAM_VERSION, parameters=p,
+    )  # fmt: skip
 
 # %% ../../nbs/run/05_plan.ipynb #read_parameters
 @one_sentence
@@ -150,7 +150,7 @@ def read_parameters(
             raise ValueError(
                 f"{name}={given[name]!r} arrived as a {type(given[name]).__name__}; pass text as it stands with: -r {name} VALUE"
             )
-    return checked(Parameters, given)
+    return Parameters(**given)
 
 # %% ../../nbs/run/05_plan.ipynb #validate_arch
 def validate_arch(recipe: Recipe) -> None:
