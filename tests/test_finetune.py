@@ -13,7 +13,7 @@ from resnet_nb import cli
 from resnet_nb.files import read_json
 from resnet_nb.learn.module import ResNetModule
 from resnet_nb.run import launch
-from resnet_nb.run.checkpoints import STATE, best_checkpoint, checkpoint_path, checkpoints
+from resnet_nb.run.checkpoints import STATE, best_checkpoint, checkpoint_path, checkpoints, weights_source
 from resnet_nb.run.folder import all_rows, load_config, read_rows, run_path
 from resnet_nb.run.plan import validate
 from resnet_nb.schedule import lr_at
@@ -74,6 +74,17 @@ def test_weights_that_do_not_fit_are_refused_before_anything_starts(donor, make_
     with pytest.raises(ValueError, match="no file .*no run, and no weights that torchvision has for resnet18"):
         validate(make_config("misspelt", "local", weights="doner"))
     validate(make_config("fits", "local", weights="donor"))
+
+
+def test_of_the_head_of_other_classes_nothing_is_taken(donor, make_config):
+    config, left_out = make_config("others", "local", weights="donor"), []
+    names = torch.load(best_checkpoint(donor) / STATE, weights_only=True)["classes"]
+    for classes in (names, names[::-1], [f"the {name}" for name in names]):
+        module = ResNetModule(config, len(classes), 1)
+        fresh = module.network.fc.weight.detach().clone()
+        left_out.append(module.start_from(weights_source("donor"), classes)["left_out"])
+        assert module.network.fc.weight.equal(fresh) == bool(left_out[-1])
+    assert left_out == [{}, *[{"fc.weight": "of other classes", "fc.bias": "of other classes"}] * 2]
 
 
 def test_pictures_are_normalized_as_they_were_for_the_weights_that_a_run_starts_from(make_config):

@@ -10,6 +10,7 @@ __all__ = ['EpochSums', 'epoch_numbers', 'without_wait', 'StepSums', 'make_optim
 # %% ../../nbs/learn/02_module.ipynb #imports
 import importlib
 import time
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -22,6 +23,7 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 from ..config import Recipe, RunConfig
 from .network import RunningStats, build_model, freeze, head_names, param_groups, stages, start_from, timm_layers
 from .numerics import UNIT, GradientSum, NotANumber, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
+from .published import known_classes
 from ..schedule import is_frozen, lr_at, size_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
 
@@ -222,9 +224,10 @@ class ImageClassifier(L.LightningModule):
         for name, values in zip(("mean", "std"), config.recipe.mean_std):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
-    def start_from(self, source: str) -> dict:
+    def start_from(self, source: str, classes: Sequence[str]) -> dict:
         "Load the weights that `source` means before the first step, the same on every rank; returns what was loaded from where."
-        loaded = start_from(self.network, source, self.config.recipe.arch)
+        other = known_classes(source) not in ((), tuple(classes))
+        loaded = start_from(self.network, source, self.config.recipe.arch, other)
         if self.ema:
             self.ema.module.load_state_dict(self.network.state_dict())
         return loaded

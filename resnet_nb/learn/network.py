@@ -6,8 +6,8 @@
 __all__ = ['TIMM', 'OUTSIDE', 'ELSEWHERE', 'SHARES', 'FILES', 'PREFIX', 'AUXILIARY', 'MATRIX', 'GhostBatchNorm2d',
            'GhostBatchNormAct2d', 'ghost_batchnorm', 'plain_batchnorm', 'RunningStats', 'timm_layers', 'timm_problem',
            'compile_problem', 'build_model', 'outline', 'check_sizes', 'arch_problem', 'unseen_taps', 'step_size',
-           'weights_entry', 'weights_file', 'read_weights', 'head_names', 'load_weights', 'start_from', 'freeze',
-           'stages', 'depth_of_modules', 'param_groups']
+           'weights_entry', 'weights_file', 'held_by', 'read_weights', 'head_names', 'load_weights', 'start_from',
+           'freeze', 'stages', 'depth_of_modules', 'param_groups']
 
 # %% ../../nbs/learn/01_network.ipynb #imports
 import contextlib
@@ -428,7 +428,7 @@ def weights_file(
 PREFIX = re.compile(r"^(?:module|_orig_mod|model|network|backbone)\.")
 
 
-def _held(path: Path):
+def held_by(path: Path):
     "What a file holds, read as tensors and plain values alone."
     try:
         return load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
@@ -453,7 +453,7 @@ def read_weights(
     own: Container[str],  # names that the network has
 ) -> dict[str, torch.Tensor]:
     "The tensors of a file by their names in the network, prefixes taken off; ValueError says why there are none."
-    held = _held(path)
+    held = held_by(path)
     while isinstance(held, Mapping) and (inner := [held[k] for k in ("state_dict", "model") if isinstance(held.get(k), Mapping)]):
         held = inner[0]
     tensors = {k: v for k, v in held.items() if isinstance(v, torch.Tensor)} if isinstance(held, Mapping) else {}
@@ -488,7 +488,11 @@ def _in_head(network: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name in head_names(network))
 
 
-def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> dict:
+def load_weights(
+    network: nn.Module,
+    state: Mapping[str, torch.Tensor],
+    other_classes: bool = False,  # its head is of others, even if they are as many: nothing of it is taken
+) -> dict:
     "Load `state` into `network`; returns what was loaded and what not. ValueError where anything but the head misfits."
     own, head = network.state_dict(), _in_head(network)
     shape = lambda tensors, name: str(list(tensors[name].shape)) if name in tensors else "missing"
@@ -503,14 +507,18 @@ def load_weights(network: nn.Module, state: Mapping[str, torch.Tensor]) -> dict:
                 f"is not of this network: {name} is {shape(state, name)} there and {shape(own, name)} here, and only the head ({', '.join(head_names(network))}) may differ"
             )
     layer = lambda name: name.rpartition(".")[0]
-    other = {layer(name) for name in own if name.startswith(head) and shape(own, name) != shape(state, name)}  # of it nothing is taken
+    new = lambda name: name.startswith(head) and (other_classes or shape(own, name) != shape(state, name))
+    other = {layer(name) for name in own if new(name)}  # of it nothing is taken
     taken = {name: state[name] for name in own if name in state and layer(name) not in other}
     network.load_state_dict(taken, strict=False)
-    left = {name: f"{shape(state, name)} there, {shape(own, name)} here" for name in own if name not in taken}
+    why = lambda name: (
+        f"{shape(state, name)} there, {shape(own, name)} here" if shape(state, name) != shape(own, name) else "of other classes"
+    )
+    left = {name: why(name) for name in own if name not in taken}
     return {"loaded": len(taken), "of": len(own), "left_out": left}
 
 # %% ../../nbs/learn/01_network.ipynb #start_from
-def start_from(network: nn.Module, source: str, arch: str) -> dict:
+def start_from(network: nn.Module, source: str, arch: str, other_classes: bool = False) -> dict:
     "Load the weights that `source` means into `network`; returns what was loaded from where, as plain values."
     path = weights_file(source, arch)
     with open(path, "rb") as file:
@@ -519,7 +527,7 @@ def start_from(network: nn.Module, source: str, arch: str) -> dict:
         named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)  # as torchvision does it
         if named and not sha256.startswith(named[1]):
             raise ValueError(f"is not what its name says: its sha256 begins with {sha256[:8]}; remove it, or get it again")
-        return {"file": path.name, "sha256": sha256} | load_weights(network, read_weights(path, network.state_dict().keys()))
+        return {"file": path.name, "sha256": sha256} | load_weights(network, read_weights(path, network.state_dict().keys()), other_classes)
     except ValueError as error:
         raise ValueError(f"weights {str(path)!r}: it {error}") from None
 

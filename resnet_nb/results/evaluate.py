@@ -131,7 +131,7 @@ def _load_plain(source: str, arch: str) -> nn.Module:
         raise ValueError(f"weights {source!r}: it {error}") from None
     shown = published(source, arch)
     network.classes = list(shown.classes) or [str(i) for i in range(count)]
-    network.preprocess = Preprocess(shown.size, shown.val_resize, mean=shown.mean, std=shown.std)
+    network.preprocess = Preprocess(*shown[:-1])
     network.source = {"weights": Path(source).name, "arch": arch, "classes": "by name" if shown.classes else "by their order"}
     return plain_batchnorm(network).eval()
 

@@ -46,6 +46,7 @@ def preparation(network: nn.Module, pixels_in: bool) -> dict:
         "steps": steps,
         "short_side": round(p.size * p.val_resize),
         "size": p.size,
+        "exif_orientation": p.exif_orientation,
         "mean": p.mean,
         "std": p.std,
         "classes": network.classes,

@@ -188,7 +188,7 @@ def range_test(
     counts = np.bincount(train.labels, minlength=len(train.classes))
     module = RisingRate(config, len(train.classes), datamodule.train_sampler().steps_per_epoch, counts, rates)
     if r.weights:
-        module.start_from(weights_source(r.weights))
+        module.start_from(weights_source(r.weights), train.titles)
     with threads(config.hardware.num_threads or 0), warnings.catch_warnings():
         quiet()
         ended = _fit(_trainer(config, steps), module, datamodule)

@@ -348,7 +348,8 @@ def _train(run_dir: Path, config: RunConfig, attempt: int, peers: Peers | None) 
         devices |= {"leader": {name: lead[name] for name in ("host", "attempt")}}  # each machine counts its own attempts
     classes = datamodule.num_classes
     module = ResNetModule(config, classes, steps_per_epoch, np.bincount(datamodule.train_index.labels, minlength=classes))
-    loaded = module.start_from(weights_source(config.recipe.weights)) if config.recipe.weights and not checkpoint else None
+    start = config.recipe.weights and not checkpoint
+    loaded = module.start_from(weights_source(config.recipe.weights), datamodule.train_index.titles) if start else None
     if first:
         warned = [differ, record_manifest(run_dir, config, data, attempt, devices, checkpoint is not None, loaded)]
         with open(run_dir / "train.log", "a", encoding="utf-8") as log:
