@@ -843,7 +843,7 @@ def reproduce(run, hw, name, y, as_json):
     }
     asked = Parameters(**old.parameters.model_dump(exclude={"nodes", "rdzv"}) | wish)  # on this machine, whatever it was made on
     config = resolve(asked, old=old)
-    validate(config)
+    validate(config, again=True)
     again = launch.train(config, lambda line: click.echo(line, err=as_json))
     _report(compare_runs(run, again), as_json)
 

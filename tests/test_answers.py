@@ -22,6 +22,7 @@ from resnet_nb.results import evaluate as results
 from resnet_nb.results.answers import find_files, predict_files, write_table
 from resnet_nb.results.evaluate import evaluate, load_network
 from resnet_nb.results.export import export
+from resnet_nb.run.checkpoints import STATE, best_checkpoint
 from resnet_nb.run.folder import best_epoch
 
 
@@ -166,8 +167,9 @@ def test_a_file_of_weights_is_judged_as_the_run_that_it_comes_from(one, data, tm
     assert "say where they are, with data_dir" in typed("evaluate", tmp_path / "w.pth", "--arch", "resnet18", "--no-page", fails=True)
     assert "23 pictures, each asked once" in typed("evaluate", tmp_path / "w.pth", "--arch", "resnet18", *words)
     assert read_json(cache_dir(data) / "evaluation of w.pth" / "evaluation.json")["weights"] == "w.pth"
-    export(one, ("safetensors",), out=tmp_path)  # which says itself how large, and which classes
-    loaded = load_network(tmp_path / "model.safetensors", arch="resnet18")
-    assert (loaded.preprocess, loaded.classes, loaded.source["classes"]) == (network.preprocess, network.classes, "by name")
+    export(one, ("safetensors",), out=tmp_path)
+    for file in (tmp_path / "model.safetensors", best_checkpoint(one) / STATE):  # which say themselves how large, and which classes
+        loaded = load_network(file, arch="resnet18")
+        assert (loaded.preprocess, loaded.classes, loaded.source["classes"]) == (network.preprocess, network.classes, "by name")
     judged = [typed("evaluate", run, *words, "--no-page", "--json") for run, words in ((one, ()), (tmp_path / "model.safetensors", ("--arch", "resnet18", "--data-dir", data)))]  # fmt: skip
     assert json.loads(judged[0])["loss"] == json.loads(judged[1])["loss"]

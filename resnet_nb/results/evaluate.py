@@ -30,8 +30,8 @@ from ..data.index import BadPicture, Index, cache_dir
 from ..data.splits import load_data, test_data, whole_data
 from ..data.transforms import ORIENTATION, decode, eval_picture, load_eval
 from ..files import read_json, write_file, write_json
-from ..learn.network import build_model, load_weights, outline, plain_batchnorm, read_weights, weights_file
-from ..learn.published import published
+from ..learn.network import build_model, outline, plain_batchnorm
+from ..learn.weights import load_weights, preparation_for, read_weights, weights_file
 from .processes import in_processes, threads
 from .scores import TITLES, Interval, scores
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
@@ -118,7 +118,7 @@ def _num_classes(state: Mapping[str, torch.Tensor], arch: str) -> int:
 
 
 def _load_plain(source: str, arch: str) -> nn.Module:
-    "A network from a file of weights, prepared for as what was published for it, or from those of torchvision, whose classes are known."
+    "A network from a file of weights or from torchvision's, with what is known of its classes and of the pictures that it learned from."
     path, names = weights_file(source, arch), outline(arch, 2).state_dict().keys()
     try:
         state = read_weights(path, names)
@@ -127,11 +127,13 @@ def _load_plain(source: str, arch: str) -> nn.Module:
         if left:  # it would be a random one
             there, here = ({name: list(held[name].shape) for name in left if name in held} for held in (state, network.state_dict()))
             raise ValueError(f"has another classifier than this network: {there}, not {here}")
+        shown = preparation_for(source, arch)
+        if len(shown.classes) not in (0, count):
+            raise ValueError(f"names {len(shown.classes)} classes, and has {count} outputs")
     except ValueError as error:
         raise ValueError(f"weights {source!r}: it {error}") from None
-    shown = published(source, arch)
     network.classes = list(shown.classes) or [str(i) for i in range(count)]
-    network.preprocess = Preprocess(*shown[:-1])
+    network.preprocess = Preprocess(**shown.model_dump(exclude={"classes"}))
     network.source = {"weights": Path(source).name, "arch": arch, "classes": "by name" if shown.classes else "by their order"}
     return plain_batchnorm(network).eval()
 
@@ -292,7 +294,8 @@ def judge(network: nn.Module, index: Index, image_size: int = 0, device: str = "
     prepares = dataclasses.replace(network.preprocess, size=image_size or network.preprocess.size)
     labels = match_classes(network, index)[index.labels]
     logits = predict(network, index, device=device or pick_device(), prepares=prepares, **how)
-    about = network.source | {"image_size": prepares.size, "val_resize": prepares.val_resize}
+    shown = {name: list(getattr(prepares, name)) for name in ("mean", "std")}
+    about = network.source | {"image_size": prepares.size, "val_resize": prepares.val_resize} | shown
     return Evaluation(about | scores(logits, labels, network.classes), predictions(network, index, labels, logits), index)
 
 # %% ../../nbs/results/01_evaluate.ipynb #evaluate

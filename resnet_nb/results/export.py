@@ -7,6 +7,7 @@ __all__ = ['Answers', 'WRITERS', 'TOLERANCE', 'CARD', 'CHOSEN', 'preparation', '
            'write_torch_export', 'Exported', 'export', 'model_card']
 
 # %% ../../nbs/results/03_export.ipynb #imports
+import dataclasses
 import json
 import os
 import warnings
@@ -24,6 +25,7 @@ from ..data.index import Index
 from ..data.transforms import load_eval
 from ..files import DamagedFile, read_json, write_file, write_json
 from ..learn.network import build_model
+from ..learn.weights import Preparation
 from .evaluate import find_split, load_network
 from .scores import TITLES
 from ..run.checkpoints import find_run
@@ -45,10 +47,7 @@ def preparation(network: nn.Module, pixels_in: bool) -> dict:
         "output": {"name": "logits", "shape": ["batch", len(network.classes)], "type": "float32"},
         "steps": steps,
         "short_side": round(p.size * p.val_resize),
-        "size": p.size,
-        "exif_orientation": p.exif_orientation,
-        "mean": p.mean,
-        "std": p.std,
+        **dataclasses.asdict(p),
         "classes": network.classes,
     }
 
@@ -70,7 +69,8 @@ Answers = Callable[[torch.Tensor], np.ndarray]  # images in, logits out
 def write_safetensors(program: nn.Module, images: torch.Tensor, path: Path, about: dict) -> Answers:
     "Write the weights of `program`; returns how they answer once they are read again."
     tensors = {name: tensor.clone() for name, tensor in program.state_dict().items()}  # each its own, where layers share one
-    save_file(tensors, path, {name: json.dumps(value) for name, value in about.items()} | {"format": "pt"})
+    said = about | {"preparation": {name: about[name] for name in Preparation.model_fields}}
+    save_file(tensors, path, {name: json.dumps(value) for name, value in said.items()} | {"format": "pt"})
     again = build_model(about["arch"], len(about["classes"]), arch_args=about["arch_args"]).eval()
     again.load_state_dict(load_file(path))
     return lambda images: again(images).numpy()
@@ -132,7 +132,8 @@ def _others(folder: Path, about: dict) -> list[str]:
     except DamagedFile:  # or edited: it is written anew
         before = {}
     names = [name for name in before.get("files", []) if name not in about["files"]]
-    if before | {"files": about["files"]} == json.loads(json.dumps(about)):
+    earlier = {name: about[name] for name in ("exif_orientation", "val_resize") if name in about}  # which were not written once
+    if earlier | before | {"files": about["files"]} == json.loads(json.dumps(about)):
         return names
     for name in names:
         (folder / Path(name).name).unlink(missing_ok=True)

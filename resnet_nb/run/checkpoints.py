@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATE', 'checkpoint_path', 'partial_path', 'drop_partial', 'write_state', 'commit_checkpoint', 'reveal_checkpoint',
            'damage', 'checkpoints', 'find_checkpoint', 'rotate', 'named_checkpoint', 'best_checkpoint', 'find_run',
-           'weights_run', 'weights_source']
+           'weights_source']
 
 # %% ../../nbs/run/01_checkpoints.ipynb #imports
 import hashlib
@@ -161,12 +161,7 @@ def find_run(name: str) -> Path | None:
     return found[0].resolve() if found else None
 
 
-def weights_run(weights: str) -> Path | None:
-    "The run that a recipe's `weights` are of; None where they are of none."
-    return None if weights in ("", "default") else find_run(weights)
-
-
 def weights_source(weights: str) -> str:
     "A recipe's `weights` as what can be read: of a run the state of its best checkpoint, else as it is."
-    run_dir = weights_run(weights)
+    run_dir = None if weights in ("", "default") else find_run(weights)
     return str(best_checkpoint(run_dir) / STATE) if run_dir else weights

@@ -81,8 +81,8 @@ def load_config(run_dir: Path) -> RunConfig:
 
 def run_identity(config: RunConfig) -> dict:
     "All that a run is a function of, as a flat dictionary; the data's content is checked where it is read."
-    names = ("seed", "numerics", "stream_version")
-    return config.recipe.model_dump(exclude={"expected_acc"}) | {name: getattr(config, name) for name in names}
+    names, r = ("seed", "numerics", "stream_version"), config.recipe
+    return r.model_dump(exclude={"expected_acc"}) | {"normalization": r.mean_std} | {name: getattr(config, name) for name in names}
 
 # %% ../../nbs/run/00_folder.ipynb #read_manifest
 def read_manifest(run_dir: Path) -> dict:

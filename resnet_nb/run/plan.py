@@ -24,12 +24,12 @@ from ..data.pack import pack_problem
 from ..data.sampler import steps_per_epoch
 from ..data.splits import find_data_dir, load_data, one_class_problem, prepare_data
 from ..names import check_names
-from .checkpoints import weights_run, weights_source
+from .checkpoints import weights_source
 from resnet_nb.run.hardware import (
     NETWORK,
     NO_DEVICES,
-    PUBLISHED,
     STEP_SIZES,
+    WEIGHTS,
     ask_torch,
     check_limits,
     check_machine,
@@ -180,17 +180,17 @@ def validate_arithmetic(config: RunConfig, ask: Callable = ask_torch) -> None:
         )
 
 # %% ../../nbs/run/05_plan.ipynb #validate_weights
-def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch) -> None:
-    "Raise ValueError where the recipe's starting weights can't be found, read, or loaded into its network."
+def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch, again: bool = False) -> None:
+    "ValueError where starting weights can't be found, read or loaded, or, unless a run goes on or is made `again`, were shown other pictures."
     if not recipe.weights:
         return
-    source, run = weights_source(recipe.weights), weights_run(recipe.weights)
-    what = f"{source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r}, {recipe.normalization is None}"
-    if problem := ask(f"{PUBLISHED}.weights_problem({what}, {load_config(run).recipe.mean_std if run else None!r})"):
+    source, unsaid = weights_source(recipe.weights), recipe.normalization is None and not again
+    what = f"{source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r}, {unsaid}"
+    if problem := ask(f"{WEIGHTS}.weights_problem({what})"):
         raise ValueError(problem)
 
 # %% ../../nbs/run/05_plan.ipynb #validate
-def validate(config: RunConfig) -> tuple[Index, Index]:
+def validate(config: RunConfig, again: bool = False) -> tuple[Index, Index]:
     "All that can be wrong before anything starts: network, machine, data. ValueError with one sentence; returns the indexes of the data."
     validate_arch(config.recipe)
     validate_arithmetic(config)
@@ -205,7 +205,7 @@ def validate(config: RunConfig) -> tuple[Index, Index]:
     insist(check_limits(config, len(train.containers)))
     if problem := one_class_problem(train) or pack_problem(config.data_dir, max(*r.image_sizes, r.test_size or 0)):
         raise ValueError(problem)
-    validate_weights(r, len(train.classes))
+    validate_weights(r, len(train.classes), again=again or has_trained(run_path(config.name)))
     steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size, r.repeated_augmentation)
     return train, val
 
