@@ -286,7 +286,7 @@ def _note_end(run_dir: Path, trainer: L.Trainer, attempt: int, outcome: str) -> 
 
 # %% ../../nbs/run/04_worker.ipynb #agree_with
 CODE = (  # modules that decide what a rank does in a step
-    "config", "seed", "schedule", "data.sampler", "data.transforms", "data.datamodule", "learn.module", "learn.network", "learn.numerics", "run.stopping",
+    "config", "seed", "schedule", "data.sampler", "data.transforms", "data.datamodule", "learn.module", "learn.network", "learn.numerics", "learn.weights", "run.stopping",
 )  # fmt: skip
 
 
