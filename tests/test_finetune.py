@@ -16,7 +16,7 @@ from resnet_nb.files import read_json
 from resnet_nb.learn.module import ResNetModule
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import STATE, best_checkpoint, checkpoint_path, checkpoints, weights_source
-from resnet_nb.run.folder import all_rows, insist_same, load_config, read_rows, run_path
+from resnet_nb.run.folder import all_rows, load_config, read_rows, run_path
 from resnet_nb.run.plan import validate
 from resnet_nb.schedule import lr_at
 
@@ -89,25 +89,25 @@ def test_of_the_head_of_other_classes_nothing_is_taken(donor, make_config):
     assert left_out == [{}, *[{"fc.weight": "of other classes", "fc.bias": "of other classes"}] * 2]
 
 
-def test_pictures_are_normalized_as_they_were_for_the_weights_that_a_run_starts_from(make_config, tmp_path):
+def test_pictures_are_normalized_as_they_were_for_the_weights_that_a_run_starts_from(donor, make_config, tmp_path):
     half = [[0.5] * 3, [0.25] * 3]
     state = best_checkpoint(launch.train(make_config("half", "local", normalization=half, **HEIR))) / STATE
     shutil.copy(state, tmp_path / "copy.ckpt")
     for weights in ("half", str(state), str(tmp_path / "copy.ckpt")):  # each says itself what it was shown
-        with pytest.raises(ValueError, match=re.escape(f"not by ImageNet's; add normalization: {half} to the recipe or the overrides")):
+        with pytest.raises(ValueError, match=re.escape(f"add normalization: {half} in the recipe or the overrides")):
             validate(make_config("unlike", "local", weights=weights))
         validate(make_config("alike", "local", weights=weights, normalization=half))
-    known = make_config("known", "local", weights="half", normalization=[MEAN, STD], **HEIR)  # whoever says so is believed
-    validate(known)
-    means = [float(ResNetModule(config, 10, 1).mean[0, 0, 0, 0]) for config in (known, load_config(run_path("half")))]
-    assert means == [pytest.approx(255 * MEAN[0]), 127.5]
-    launch.train(known)
-    unsaid = make_config("known", "local", weights="half", **HEIR)  # as a run was before its recipe could say so: it goes on
-    validate(unsaid)
-    insist_same(unsaid)
-    with pytest.raises(ValueError, match="add normalization"):
-        validate(unsaid.model_copy(update={"name": "another"}))
-    validate(unsaid.model_copy(update={"name": "another"}), again=True)
+    means = [float(ResNetModule(load_config(run_path(name)), 10, 1).mean[0, 0, 0, 0]) for name in ("half", "donor")]
+    assert means == [127.5, pytest.approx(255 * MEAN[0])]
+    with pytest.raises(ValueError, match="set normalization"):  # a file that says itself what it was shown is believed first
+        validate(make_config("contrary", "local", weights="half", normalization=[MEAN, STD]))
+    validate(make_config("unlike", "local", weights="half"), again=True)
+
+
+def test_a_run_with_a_checkpoint_goes_on_without_the_weights_that_it_started_from(donor, heir, make_config, tmp_path):
+    validate(make_config("heir", weights=str(tmp_path / "gone.ckpt"), **HEIR))
+    with pytest.raises(ValueError, match="there is no file"):
+        validate(make_config("another", weights=str(tmp_path / "gone.ckpt"), **HEIR))
 
 
 FROZEN = {

@@ -23,8 +23,8 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 from ..config import Recipe, RunConfig
 from .network import RunningStats, build_model, freeze, head_names, param_groups, stages, timm_layers
 from .numerics import UNIT, GradientSum, NotANumber, on_cpu_if_mps, rebuild_ddp, representable, to_fixed
-from .weights import start_from
-from ..schedule import eval_size_at, is_frozen, lr_at, size_at
+from .weights import origin_at, start_from
+from ..schedule import is_frozen, lr_at, size_at
 from ..seed import INIT, MICROBATCH, digest, torch_seed
 
 # %% ../../nbs/learn/02_module.ipynb #EpochSums
@@ -450,10 +450,8 @@ class ResNetModule(CompiledClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["train_sums"] = self.all_sum(self.train_sums.vector.clone()).cpu()  # every rank saves, rank zero writes
-        checkpoint["classes"] = list(self.trainer.datamodule.train_index.titles)  # for whoever uses the network, as is the rest
-        r = self.config.recipe
-        shown = {"val_resize": r.val_resize, "exif_orientation": r.exif_orientation, "mean": r.mean_std[0], "std": r.mean_std[1]}
-        checkpoint["preparation"] = {"size": eval_size_at(r, self.current_epoch), **shown}
+        checkpoint["classes"] = list(self.trainer.datamodule.train_index.titles)  # for whoever uses the network
+        checkpoint["origin"] = origin_at(self.config.recipe, self.current_epoch).model_dump(exclude={"classes"})
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         count_batches(checkpoint, self.steps_per_epoch, self.config.microbatches_per_rank)

@@ -168,7 +168,7 @@ def _facts(run_dir: Path) -> dict:
     config, manifest = load_config(run_dir), read_json(run_dir / "manifest.json")
     attempt = (manifest.get("attempts") or [{}])[-1]
     parts = {
-        "recipe": config.recipe.model_dump(exclude={"expected_acc"}),
+        "recipe": config.recipe.model_dump(exclude={"expected_acc"}) | {"normalization": config.recipe.mean_std},
         "run": {"seed": config.seed, "numerics": config.numerics, "hw": config.hw},
         "hardware": config.hardware.model_dump(),
         "data": manifest.get("data", {}),

@@ -31,7 +31,7 @@ from ..data.splits import load_data, test_data, whole_data
 from ..data.transforms import ORIENTATION, decode, eval_picture, load_eval
 from ..files import read_json, write_file, write_json
 from ..learn.network import build_model, outline, plain_batchnorm
-from ..learn.weights import load_weights, preparation_for, read_weights, weights_file
+from ..learn.weights import load_weights, named_weights, origin_in, published, read_file, weights_file
 from .processes import in_processes, threads
 from .scores import TITLES, Interval, scores
 from ..run.checkpoints import STATE, best_checkpoint, find_checkpoint, find_run
@@ -98,9 +98,10 @@ def load_network(
     recipe, checkpoint = load_config(run_dir).recipe, best_checkpoint(run_dir) if which == "best" else find_checkpoint(run_dir)
     if checkpoint is None:
         raise ValueError(f"run {run_dir.name!r} has no checkpoint yet")
-    classes = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)["classes"]
+    held = read_file(checkpoint / STATE)
+    classes = held["classes"]
     network = build_model(recipe.arch, len(classes), recipe.dropout, recipe.arch_args)
-    load_weights(network, read_weights(checkpoint / STATE, network.state_dict().keys()))
+    load_weights(network, named_weights(held, network.state_dict().keys()))
     manifest = read_json(checkpoint / "MANIFEST.json", step=int, epoch=int)
     network.classes, network.source = classes, {"run": run_dir.name, "which": which, "step": manifest["step"]}
     size = eval_size_at(recipe, manifest["epoch"])
@@ -108,9 +109,9 @@ def load_network(
     return plain_batchnorm(network).eval()
 
 # %% ../../nbs/results/01_evaluate.ipynb #load_plain
-def _num_classes(state: Mapping[str, torch.Tensor], arch: str) -> int:
+def _num_classes(state: Mapping[str, torch.Tensor], arch: str, arch_args: Mapping) -> int:
     "The classes of a network's weights, told from a tensor whose shape depends on them; ValueError where it is not there."
-    shapes = [{name: tensor.shape for name, tensor in outline(arch, count).state_dict().items()} for count in (2, 3)]
+    shapes = [{name: tensor.shape for name, tensor in outline(arch, count, None, arch_args).state_dict().items()} for count in (2, 3)]
     name = next(name for name in shapes[0] if shapes[0][name] != shapes[1][name])
     if name not in state or state[name].dim() != len(shapes[0][name]):
         raise ValueError(f"has no {name!r} of this network, so no classes can be told from it")
@@ -119,22 +120,26 @@ def _num_classes(state: Mapping[str, torch.Tensor], arch: str) -> int:
 
 def _load_plain(source: str, arch: str) -> nn.Module:
     "A network from a file of weights or from torchvision's, with what is known of its classes and of the pictures that it learned from."
-    path, names = weights_file(source, arch), outline(arch, 2).state_dict().keys()
+    path = weights_file(source, arch)
     try:
-        state = read_weights(path, names)
-        network = build_model(arch, count := _num_classes(state, arch))
+        held = read_file(path)
+        origin = origin_in(held) or published(source, arch)
+        if origin.arch not in ("", arch):
+            raise ValueError(f"says that it is of {origin.arch}, not of {arch}")
+        args = origin.arch_args
+        state = named_weights(held, outline(arch, 2, None, args).state_dict().keys())
+        network = build_model(arch, count := _num_classes(state, arch, args), None, args)
         left = [name for name in load_weights(network, state)["left_out"] if not name.endswith("num_batches_tracked")]
         if left:  # it would be a random one
             there, here = ({name: list(held[name].shape) for name in left if name in held} for held in (state, network.state_dict()))
             raise ValueError(f"has another classifier than this network: {there}, not {here}")
-        shown = preparation_for(source, arch)
-        if len(shown.classes) not in (0, count):
-            raise ValueError(f"names {len(shown.classes)} classes, and has {count} outputs")
+        if len(origin.classes) not in (0, count):
+            raise ValueError(f"names {len(origin.classes)} classes, and has {count} outputs")
     except ValueError as error:
         raise ValueError(f"weights {source!r}: it {error}") from None
-    network.classes = list(shown.classes) or [str(i) for i in range(count)]
-    network.preprocess = Preprocess(**shown.model_dump(exclude={"classes"}))
-    network.source = {"weights": Path(source).name, "arch": arch, "classes": "by name" if shown.classes else "by their order"}
+    network.classes = list(origin.classes) or [str(i) for i in range(count)]
+    network.preprocess = Preprocess(**origin.model_dump(include={field.name for field in dataclasses.fields(Preprocess)}))
+    network.source = {"weights": Path(source).name, "arch": arch, "classes": "by name" if origin.classes else "by their order"}
     return plain_batchnorm(network).eval()
 
 # %% ../../nbs/results/01_evaluate.ipynb #predict

@@ -25,7 +25,7 @@ from ..data.index import Index
 from ..data.transforms import load_eval
 from ..files import DamagedFile, read_json, write_file, write_json
 from ..learn.network import build_model
-from ..learn.weights import Preparation
+from ..learn.weights import Origin
 from .evaluate import find_split, load_network
 from .scores import TITLES
 from ..run.checkpoints import find_run
@@ -69,7 +69,7 @@ Answers = Callable[[torch.Tensor], np.ndarray]  # images in, logits out
 def write_safetensors(program: nn.Module, images: torch.Tensor, path: Path, about: dict) -> Answers:
     "Write the weights of `program`; returns how they answer once they are read again."
     tensors = {name: tensor.clone() for name, tensor in program.state_dict().items()}  # each its own, where layers share one
-    said = about | {"preparation": {name: about[name] for name in Preparation.model_fields}}
+    said = about | {"origin": {name: about[name] for name in Origin.model_fields}}
     save_file(tensors, path, {name: json.dumps(value) for name, value in said.items()} | {"format": "pt"})
     again = build_model(about["arch"], len(about["classes"]), arch_args=about["arch_args"]).eval()
     again.load_state_dict(load_file(path))

@@ -122,7 +122,7 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
 
     recipe = _overridden(Recipe, recipe, p.overrides)
     if given_path(recipe.weights).is_file() or "/" in recipe.weights:  # ranks may work in another folder
-        recipe = recipe.model_copy(update={"weights": str(given_path(recipe.weights).resolve())})
+        recipe = recipe.model_copy(update={"weights": os.path.abspath(given_path(recipe.weights))})
     if recipe.dataset == "photos" and not (p.data_dir or os.environ.get("PHOTOS_DIR")):
         raise ValueError(f"recipe {recipe_name} is for pictures of your own; say where they are, with -p data_dir DIR or $PHOTOS_DIR")
     stamp = f"{now or datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"  # two may start in one second
@@ -181,11 +181,11 @@ def validate_arithmetic(config: RunConfig, ask: Callable = ask_torch) -> None:
 
 # %% ../../nbs/run/05_plan.ipynb #validate_weights
 def validate_weights(recipe: Recipe, num_classes: int, ask: Callable = ask_torch, again: bool = False) -> None:
-    "ValueError where starting weights can't be found, read or loaded, or, unless a run goes on or is made `again`, were shown other pictures."
+    "ValueError where starting weights can't be found, read or loaded, or, unless a run is made `again`, learned from other pictures."
     if not recipe.weights:
         return
-    source, unsaid = weights_source(recipe.weights), recipe.normalization is None and not again
-    what = f"{source!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r}, {unsaid}"
+    mean_std = None if again else recipe.mean_std
+    what = f"{weights_source(recipe.weights)!r}, {recipe.arch!r}, {num_classes}, {recipe.arch_args!r}, {mean_std}, {recipe.normalization is not None}"
     if problem := ask(f"{WEIGHTS}.weights_problem({what})"):
         raise ValueError(problem)
 
@@ -205,7 +205,8 @@ def validate(config: RunConfig, again: bool = False) -> tuple[Index, Index]:
     insist(check_limits(config, len(train.containers)))
     if problem := one_class_problem(train) or pack_problem(config.data_dir, max(*r.image_sizes, r.test_size or 0)):
         raise ValueError(problem)
-    validate_weights(r, len(train.classes), again=again or has_trained(run_path(config.name)))
+    if not has_trained(run_path(config.name)):
+        validate_weights(r, len(train.classes), again=again)
     steps_per_epoch(len(train), r.num_microbatches, r.microbatch_size, r.repeated_augmentation)
     return train, val
 
