@@ -25,7 +25,7 @@ from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..config import MEAN, SIZES, STD, RunConfig, given_path, one_sentence
+from ..config import MEAN, SIZES, STD, Deviations, Means, RunConfig, given_path, one_sentence
 from ..data.index import BadPicture, Index, cache_dir
 from ..data.splits import load_data, test_data, whole_data
 from ..data.transforms import ORIENTATION, decode, eval_picture, load_eval
@@ -63,8 +63,8 @@ class Preprocess:
     size: int  # px, side of the images in the epoch of the checkpoint
     val_resize: float  # short side before the centre crop, in units of the size
     exif_orientation: bool = False  # turned as EXIF says, where training did so
-    mean: tuple[float, float, float] = MEAN  # RGB in 0..1
-    std: tuple[float, float, float] = STD
+    mean: Means = MEAN  # RGB in 0..1
+    std: Deviations = STD
 
     def __call__(self, picture: str | Path | bytes | Image.Image) -> torch.Tensor:  # (1, 3, size, size) float32
         if isinstance(picture, Image.Image):
