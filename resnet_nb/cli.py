@@ -113,17 +113,23 @@ def _second(number, frame) -> None:
     os._exit(128 + number)
 
 
-def _imports(frame: FrameType | None) -> bool:
-    "Whether what runs there imports a module, on the way from this file."
-    machinery, here = "<frozen importlib._bootstrap>", _imports.__code__.co_filename
-    while frame and frame.f_code.co_filename not in (machinery, here):
+def _must_finish(frame: FrameType | None) -> bool:
+    "Whether what runs there, on the way from this file, must not be left: torch swallows what is raised while it is imported, or aborts; who begins a process does not know it yet."
+    while frame and frame.f_code.co_filename != _must_finish.__code__.co_filename:
+        code = frame.f_code
+        if (
+            code.co_filename == "<frozen importlib._bootstrap>"
+            or code is subprocess.Popen.__init__.__code__
+            or code.co_name == "launch_kernel"
+        ):
+            return True
         frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename == machinery
+    return False
 
 
 def _first(number, frame, run_dir: Path | None = None) -> None:
     "What a first signal does: a run that this command shows is asked to save and stop, anything else is interrupted."
-    if _imports(frame):  # torch swallows what is raised while it is imported, or aborts: the signal comes again a moment later
+    if _must_finish(frame):  # the signal comes again a moment later
         again = threading.Timer(0.05, os.kill, (os.getpid(), number))
         again.daemon = True
         return again.start()

@@ -288,6 +288,23 @@ def test_a_signal_before_the_run_begins_ends_all(data, home):
     wait_for(lambda: not is_locked(run_dir) and not processes_of(run_dir), 5)
 
 
+def test_a_signal_while_the_kernel_is_forked_finds_it(home, monkeypatch, capfd):
+    provisioner, forked = sys.modules["jupyter_client.provisioning.local_provisioner"], []
+    begin = provisioner.launch_kernel
+
+    def signalled(*given, **options):
+        forked.append(begin(*given, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forked[-1]
+
+    monkeypatch.setattr(provisioner, "launch_kernel", signalled)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    result = CliRunner().invoke(cli.main, ["train", "-p", "recipe", "digits", "-r", "name", "forked"])
+    assert result.exit_code == 143 and "ended by SIGTERM" in result.stderr, result.output
+    assert [kernel.returncode for kernel in forked] == [-signal.SIGKILL]  # before it found its sockets gone, and said so
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_terminal_has_a_bar_and_if_closed_leaves_the_run_alone_and_its_notebook_is_completed(data, home):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))

@@ -374,12 +374,12 @@ def start(config: RunConfig, show: Callable[[str], None] = print) -> Path:
     pull(config, show)
     mend_status(run_dir)
     with lock_run(run_dir) as lock:
+        (run_dir / "STOP").unlink(missing_ok=True)  # of an earlier time; from now on one is meant for what begins here
         create_run(config)
         if read_status(run_dir)["status"] == "completed":
             if config.hardware.mirror:
                 sign_off(run_dir, open_place(config.hardware.mirror, config.name))
             return run_dir
-        (run_dir / "STOP").unlink(missing_ok=True)
         write_status(run_dir, status="running", reason="")
         with open(run_dir / "logs" / "supervisor.log", "ab") as log:
             subprocess.Popen(
