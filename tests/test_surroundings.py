@@ -41,6 +41,7 @@ def hostile(tmp_path_factory):
     (folder / "resnet_nb").mkdir()
     for name in ("json.py", "random.py", "socket.py", "lightning.py", "numpy.py", "resnet_nb/__init__.py"):
         (folder / name).write_text("raise SystemExit('a module of the current folder was imported')")
+    (folder / "matplotlibrc").write_text("text.usetex: True\n")
     (folder / "jupyter/kernels/python3").mkdir(parents=True)
     (folder / "jupyter/kernels/python3/kernel.json").write_text('{"argv": ["false"], "display_name": "another", "language": "python"}')
     (folder / "ipython/profile_default/startup").mkdir(parents=True)

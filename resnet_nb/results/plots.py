@@ -28,6 +28,7 @@ from ..run.folder import all_rows, epoch_steps, load_config, read_rows
 from ..schedule import lr_at, size_at, size_plan
 
 # %% ../../nbs/results/00_plots.ipynb #look
+plt.rcParams["text.usetex"] = False  # whatever a person's matplotlibrc says: names hold %, _ and $, which TeX reads
 DPI = 85  # a page of figures stays small enough to be kept
 APART = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 TRAIN, VAL, LOGGED, PLANNED = "#009e73", "#d55e00", "#0072b2", "#bbbbbb"
