@@ -702,6 +702,8 @@ def predict(run, pictures, which, as_json, top, out):
         click.echo("\n".join(answer_lines(table)))
     if bad := table.num_rows - table["problem"].null_count:
         click.echo(f"{bad:,} of {table.num_rows:,} pictures can't be read", err=True)
+        if bad == table.num_rows:
+            raise click.exceptions.Exit(1)
 
 # %% ../nbs/90_cli.ipynb #compare-command
 @main.command()
@@ -745,7 +747,7 @@ def export_run(run, which, as_json, formats, out, pixels_in, data_dir):
     "Write RUN's network as files that live without this project, with a model card; their answers are compared with the checkpoint's."
     from resnet_nb.results import export
 
-    done = export.export(run, formats, out, which, pixels_in, data_dir)
+    done = export.export(run, formats, out, which, pixels_in, data_dir, lambda line: click.echo(line, err=True))
     rows = [
         {
             "file": str(file.path),

@@ -21,7 +21,7 @@ from resnet_nb.files import read_json
 from resnet_nb.results import evaluate as results
 from resnet_nb.results.answers import find_files, predict_files, write_table
 from resnet_nb.results.evaluate import evaluate, load_network
-from resnet_nb.results.export import export
+from resnet_nb.results.export import WRITERS, export
 from resnet_nb.run.checkpoints import STATE, best_checkpoint
 from resnet_nb.run.folder import best_epoch
 
@@ -140,6 +140,33 @@ def test_the_model_card_says_what_the_run_was(one, tmp_path):
     typed("evaluate", one, "--no-page", "--split", "train")
     typed("export", one, "--out", tmp_path, "--format", "safetensors")
     assert "| top-1 |" not in (tmp_path / "README.md").read_text()  # numbers on the training pictures are none
+
+
+def interrupted(*given):
+    raise KeyboardInterrupt
+
+
+def test_an_export_replaces_no_file_of_somebody_else_and_says_which_of_its_own_go(one, two, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    said = typed("export", one, "--out", tmp_path, "--format", "safetensors", fails=True)
+    assert "holds a README.md that is of no export; give another folder" in said and (tmp_path / "README.md").read_text() == "mine"
+    typed("export", one, "--out", tmp_path / "new", "--format", "safetensors")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patched:
+        patched.setitem(WRITERS, "pt2", interrupted)
+        export(two, ("safetensors", "pt2"), tmp_path / "new")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == before  # nothing is half written
+    said = CliRunner().invoke(main, ["export", str(two), "--out", str(tmp_path / "new"), "--format", "pt2"]).stderr
+    assert "model.safetensors is removed: it was of another checkpoint, or takes another input" in said
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", "model.pt2", "preprocessing.json"]
+
+
+def test_pictures_of_which_none_can_be_read_end_with_1(one, data, tmp_path):
+    (tmp_path / "no.jpg").write_text("no picture")
+    whole = next((data / "val" / "0").iterdir())
+    for pictures, code in (([tmp_path / "no.jpg"], 1), ([tmp_path / "no.jpg", whole], 0)):
+        result = CliRunner().invoke(main, ["predict", *map(str, [one, *pictures])])
+        assert result.exit_code == code and f"1 of {len(pictures)} pictures can't be read" in result.output, result.output
 
 
 def test_two_runs_are_compared_on_the_same_pictures(one, two):

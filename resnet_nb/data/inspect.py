@@ -237,7 +237,7 @@ def inspect_data(data_dir: str | Path) -> dict:
             "within val": [group for group in same if all(name.startswith("val/") for name in group)],
             "between train and val": [group for group in same if len({name.split("/")[0] for name in group}) > 1],
         },
-        "strays": [stray for index in indexes.values() for stray in strays(index, data_dir)],
+        "strays": list(dict.fromkeys(stray for index in indexes.values() for stray in strays(index, data_dir))),
         "damaged": damaged_parts(data_dir) if is_pack else [],
         "said": found.train.said,
         "unfit": [

@@ -10,8 +10,9 @@ __all__ = ['Answers', 'WRITERS', 'TOLERANCE', 'CARD', 'CHOSEN', 'preparation', '
 import dataclasses
 import json
 import os
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,19 +126,38 @@ def _some_images(network: nn.Module, index: Index, most: int = 64) -> torch.Tens
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/results/03_export.ipynb #others
-def _others(folder: Path, about: dict) -> list[str]:
-    "Files of an earlier export that are described by `about`, too; those whose input or checkpoint it does not describe are removed."
+def _earlier(folder: Path, about: dict) -> list[str]:
+    "Files of an earlier export whose input or checkpoint `about` does not describe; those that it does are added to its files."
     try:
         before = read_json(folder / "preprocessing.json")
     except DamagedFile:  # or edited: it is written anew
         before = {}
-    names = [name for name in before.get("files", []) if name not in about["files"]]
+    said = before["files"] if isinstance(before.get("files"), list) else []
+    names = [name for name in map("model.{}".format, WRITERS) if name in said and name not in about["files"]]
     earlier = {name: about[name] for name in ("exif_orientation", "val_resize") if name in about}  # which were not written once
-    if earlier | before | {"files": about["files"]} == json.loads(json.dumps(about)):
-        return names
-    for name in names:
-        (folder / Path(name).name).unlink(missing_ok=True)
-    return []
+    same = earlier | before | {"files": about["files"]} == json.loads(json.dumps(about))
+    about["files"] += names if same else []
+    return [] if same else names
+
+
+def _validate_folder(folder: Path, formats: Iterable[str]) -> None:
+    "ValueError where somebody else's files would be replaced."
+    if not (folder / "preprocessing.json").exists():
+        for name in ("README.md", *(f"model.{name}" for name in formats)):
+            if (folder / name).exists():
+                raise ValueError(f"{str(folder)!r} holds a {name} that is of no export; give another folder, or move it")
+
+# %% ../../nbs/results/03_export.ipynb #chosen
+def _chosen(formats: tuple[str, ...], pixels_in: bool) -> tuple[str, ...]:
+    "The formats that are written: those that were named, else all that fit. ValueError for what can't be."
+    formats = formats or tuple(name for name in WRITERS if name != "safetensors" or not pixels_in)
+    if unknown := [name for name in formats if name not in WRITERS]:
+        raise ValueError(f"unknown format {unknown[0]!r}; {nearest(unknown[0], WRITERS)}")
+    if pixels_in and "safetensors" in formats:
+        raise ValueError(
+            "pixels_in is of programs, and safetensors holds weights alone, which can't normalize; export it without pixels_in"
+        )
+    return formats
 
 # %% ../../nbs/results/03_export.ipynb #export
 @one_sentence
@@ -149,20 +169,15 @@ def export(
     which: str = "best",  # or 'last'
     pixels_in: bool = False,  # programs normalize by themselves, and take uint8
     data_dir: str | Path = "",  # validation pictures to compare answers by; the run's own if not given
+    show: Callable[[str], None] = print,  # what is said about files that go
 ) -> list[Exported]:
     "Write the network of a run into files that live without it, compare their answers, and write the model card. ValueError where it can't be done."
-    formats = formats or tuple(name for name in WRITERS if name != "safetensors" or not pixels_in)
-    if unknown := [name for name in formats if name not in WRITERS]:
-        raise ValueError(f"unknown format {unknown[0]!r}; {nearest(unknown[0], WRITERS)}")
-    if pixels_in and "safetensors" in formats:
-        raise ValueError(
-            "pixels_in is of programs, and safetensors holds weights alone, which can't normalize; export it without pixels_in"
-        )
+    formats = _chosen(formats, pixels_in)
     network, run_dir = load_network(run, which), find_run(str(run))
-    config = load_config(run_dir)
+    config, folder = load_config(run_dir), given_path(out) if out else run_dir / "export"
+    _validate_folder(folder, formats if out else ())
     pixels = _some_images(network, find_split(config, "val", data_dir))
     program, images = (TakesPixels(network).eval(), pixels) if pixels_in else (network, network.preprocess.normalise(pixels))
-    folder = given_path(out) if out else run_dir / "export"
     folder.mkdir(parents=True, exist_ok=True)
     wanted, done = program(images).numpy(), []
     about = {
@@ -173,13 +188,19 @@ def export(
         "which": which,
         "step": network.source["step"],
     } | preparation(network, pixels_in)
-    about["files"] += _others(folder, about)
-    for name in formats:
-        answers = WRITERS[name](program, images[:2], folder / f"model.{name}", about)(images)
-        difference = float(np.abs(answers - wanted).max())
-        done.append(Exported(folder / f"model.{name}", len(images), difference, int((answers.argmax(1) == wanted.argmax(1)).sum())))
-        if not difference <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
-            raise ValueError(f"{done[-1]}; that is more than rounding, so the file is not to be trusted; report it as a bug")
+    gone = _earlier(folder, about)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as aside:  # what is there stays as it is until all is made
+        for name in formats:
+            answers = WRITERS[name](program, images[:2], Path(aside, f"model.{name}"), about)(images)
+            difference = float(np.abs(answers - wanted).max())
+            done.append(Exported(folder / f"model.{name}", len(images), difference, int((answers.argmax(1) == wanted.argmax(1)).sum())))
+            if not difference <= TOLERANCE * max(1.0, float(np.abs(wanted).max())):
+                raise ValueError(f"{done[-1]}; that is more than rounding, so the file is not to be trusted; report it as a bug")
+        for file in done:
+            os.replace(Path(aside, file.path.name), file.path)
+        for name in gone:
+            (folder / name).unlink(missing_ok=True)
+            show(f"{name} is removed: it was of another checkpoint, or takes another input")
     write_json(folder / "preprocessing.json", about)
     write_file(folder / "README.md", model_card(run_dir, about, done))
     return done
