@@ -502,7 +502,7 @@ ABOUT = {  # what a recipe is for, and the accuracy that a whole run of it has r
     "imagenette-5": ("the same in five epochs; needs timm", "88.2 % (three runs)"),
     "imagenette-20": ("the same in twenty; needs timm", "91.9 % (three runs)"),
     "imagenette-fast": ("the same in minutes on two cores; timm", "85.4 % (three runs)"),
-    "photos": ("pictures of your own, from nothing; needs timm", "78.2 % (two runs)"),
+    "photos": ("pictures of your own, from nothing; needs timm", "78.1 % (two runs)"),
     "finetune": ("pictures of your own, from trained weights", "not measured"),
     "imagenet": ("a thousand classes", "not measured"),
     "imagenet-16": ("the same, after FFCV", "not run"),
