@@ -45,12 +45,14 @@ def _class_means(cells: np.ndarray, counts: np.ndarray, num_classes: int) -> tup
 
 
 def class_means(labels: np.ndarray, answers: np.ndarray, num_classes: int, draws: int = 1000) -> tuple[Interval, Interval]:
-    "Macro F1 and balanced accuracy, each with its bootstrap interval."
+    "Macro F1 and balanced accuracy, each with its bootstrap interval, which reaches at least as far as that of top-1."
     cells, counts = np.unique(np.stack([labels, answers], axis=1), axis=0, return_counts=True)
-    values = _class_means(cells, counts, num_classes)
+    values = np.array(_class_means(cells, counts, num_classes))
     drawn = np.random.default_rng(seed_key(0, SCORES)).multinomial(len(labels), counts / len(labels), draws)
     low, high = np.quantile([_class_means(cells, again, num_classes) for again in drawn], [0.025, 0.975], axis=0)
-    f1, balanced = (Interval(value, float(a), float(b)) for value, a, b in zip(values, low, high))
+    top = share(int((labels == answers).sum()), len(labels))  # where all are right, drawing again shows nothing
+    low, high = np.minimum(low, values - (top.value - top.low)).clip(0), np.maximum(high, values + (top.high - top.value)).clip(max=1)
+    f1, balanced = (Interval(float(value), float(a), float(b)) for value, a, b in zip(values, low, high))
     return f1, balanced
 
 # %% ../../nbs/results/00_scores.ipynb #calibration
