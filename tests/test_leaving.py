@@ -288,6 +288,20 @@ def test_a_signal_before_the_run_begins_ends_all(data, home):
     wait_for(lambda: not is_locked(run_dir) and not processes_of(run_dir), 5)
 
 
+def test_a_wish_to_stop_while_a_run_begins_is_kept(make_config, monkeypatch):
+    config, create = make_config("wished", "local", **LONG), launch.create_run
+
+    def wished(given):
+        made = create(given)
+        launch.stop(run_path(given.name))
+        return made
+
+    monkeypatch.setattr(launch, "create_run", wished)
+    run_dir = launch.start(config)
+    wait_for(lambda: not is_locked(run_dir))
+    assert read_status(run_dir)["status"] == "stopped" and 0 < steps(run_dir) < 9
+
+
 def test_a_signal_while_the_kernel_is_forked_finds_it(home, monkeypatch, capfd):
     provisioner, forked = sys.modules["jupyter_client.provisioning.local_provisioner"], []
     begin = provisioner.launch_kernel
