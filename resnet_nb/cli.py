@@ -197,6 +197,14 @@ def _find_run(name: str, damaged: bool = False) -> Path:
     return run_dir.resolve()
 
 
+class _Range(click.FloatRange):
+    "Numbers from one to another; nan is none of them."
+
+    def convert(self, value, param, ctx):
+        found = super().convert(value, param, ctx)
+        return found if found == found else self.fail(f"{value!r} is no number.", param, ctx)
+
+
 RUN = click.argument("run", callback=lambda context, option, value: _find_run(value))
 WHICH = click.option("--which", default="best", show_default=True, type=click.Choice(["best", "last"]), help="Checkpoint.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -864,15 +872,13 @@ def check():
 @check.command()
 @click.argument("data_dir", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--page/--no-page", default=True, help="Make the notebook page with pictures.")
-@click.option(
-    "--val-share", default=0.0, type=click.FloatRange(0, 0.5), help="Show the validation set that a run with this share would draw."
-)
+@click.option("--val-share", default=0.0, type=_Range(0, 0.5), help="Show the validation set that a run with this share would draw.")
 @click.option("--group", default="", help="Pictures that stay together then: 'folder', or a regular expression.")
 @JSON
 def data(data_dir, page, val_share, group, as_json):
     "Decode every picture in DATA_DIR once, and report what is bad or odd. Exit code 1 where something should be mended."
+    drawn = [drawn_line(*index_data(data_dir, val_share, group), val_share)] if val_share else []  # before hours of decoding
     report = inspect_data(data_dir)
-    drawn = [drawn_line(*index_data(data_dir, val_share, group), val_share)] if val_share else []
     if as_json:
         click.echo(json.dumps(report | {"drawn": drawn}, indent=2))
         raise click.exceptions.Exit(bool(report["problems"]))
@@ -892,8 +898,8 @@ def data(data_dir, page, val_share, group, as_json):
 @click.argument("profile", default="")
 @_options
 @click.option("--quick", is_flag=True, help="Only look, and make no step.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0), help="To measure each image size for.")
-@click.option("--price-per-hour", type=click.FloatRange(0), help="Of this machine; then the forecast has a price, too.")
+@click.option("--seconds", default=10.0, show_default=True, type=_Range(0), help="To measure each image size for.")
+@click.option("--price-per-hour", type=_Range(0), help="Of this machine; then the forecast has a price, too.")
 @click.option("--parity", is_flag=True, help="Instead, compare 20 losses of the CPU and of the accelerator that PROFILE means here.")
 @JSON
 def check_hw(profile, p, r, y, f, quick, seconds, price_per_hour, parity, as_json):
@@ -950,7 +956,7 @@ def _compare_with_cpu(accelerator: str, say) -> tuple[bool, dict]:
     type=click.Choice(["fail", "skip-listed"]),
     help="skip-listed leaves out what a check has listed.",
 )
-@click.option("--val-share", default=0.0, type=click.FloatRange(0, 0.5), help="Where SRC has no validation set: the share drawn for one.")
+@click.option("--val-share", default=0.0, type=_Range(0, 0.5), help="Where SRC has no validation set: the share drawn for one.")
 @click.option("--group", default="", help="Pictures that stay together then: 'folder', or a regular expression.")
 @click.option("--raw", is_flag=True, help="Keep pixels instead of JPEG: several times the room, and nothing to decode.")
 def make_pack(src, dst, size, quality, bad_pictures, val_share, group, raw):

@@ -254,6 +254,12 @@ def test_runs_are_listed_and_a_name_of_none_has_the_nearest(from_elsewhere, home
     assert done.returncode == 2 and "there is no run '2024_02' to go on with; did you mean '2024_01'?" in done.stderr
 
 
+def test_a_number_that_is_none_is_refused(tmp_path):
+    for words in (["check", "data", str(tmp_path)], ["pack", str(tmp_path), str(tmp_path / "pack")]):
+        refused = resnet_nb(*words, "--val-share", "nan")
+        assert refused.returncode == 2 and "Invalid value for '--val-share': 'nan' is no number" in refused.stderr, refused.stderr
+
+
 def test_help_says_every_parameter_and_field():
     said = resnet_nb("train", "--help").stdout
     for model in (Parameters, Recipe, Hardware):
