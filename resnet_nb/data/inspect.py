@@ -160,13 +160,15 @@ def strays(index: Index, data_dir: Path) -> Iterator[str]:
     "Files and links to folders that lie among the pictures of `index`, and are not in it; relative to `data_dir`."
     if index.layout not in ("folders", "flat"):
         return
-    root = os.fsencode(index.root)
+    root, tables = os.fsencode(index.root), (b".csv", b".tsv") if index.layout == "flat" else ()  # which say what the pictures are
     classes = [os.path.join(root, os.fsencode(key)) for key in index.classes] if index.layout == "folders" else []
     for top in [root, *filter(os.path.islink, classes)]:
         for at, folders, files in os.walk(top):
             links = [name for name in folders if os.path.islink(path := os.path.join(at, name)) and path not in classes]
             hidden = b"/." in at[len(root) :]
-            taken = [] if hidden or (at == root and classes) else filter(is_picture, files)
+            taken = (
+                [] if hidden or (at == root and classes) else [name for name in files if is_picture(name) or name.lower().endswith(tables)]
+            )
             for name in sorted(links) + sorted(set(files) - set(taken)):
                 kind = " (a link to a folder)" if name in links else ""
                 yield os.path.relpath(os.fsdecode(os.path.join(at, name)), data_dir) + kind
