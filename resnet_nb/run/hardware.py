@@ -274,7 +274,7 @@ def _check_devices(config: RunConfig, found: dict) -> list[Check]:
         ),
     ]  # fmt: skip
 
-
+# %% ../../nbs/run/00_hardware.ipynb #check_memory
 def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
     "Memory for a step at the largest image size: of a CUDA device, else of the machine for all ranks."
     devices, advice = int(config.hardware.devices), "lower microbatch_size, or the largest of image_sizes"
