@@ -149,7 +149,7 @@ def _sentence(model: type[Strict], report: ValidationError) -> str:
         wanted = [
             e["msg"].removeprefix("Value error, ")
             for e in (error, *others)
-            if e["loc"][:1] == error["loc"][:1] and e["input"] in [error["input"]]
+            if e["loc"][:1] == error["loc"][:1] and e["input"] in [error["input"]]  # nan, too, which is not equal to itself
         ]
         return f"{field}={error['input']!r}: {', or '.join(dict.fromkeys(w[0].lower() + w[1:] for w in wanted))}"
     return error["msg"].removeprefix("Value error, ")

@@ -280,7 +280,7 @@ def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
     devices, advice = int(config.hardware.devices), "lower microbatch_size, or the largest of image_sizes"
     if config.hardware.accelerator == "cuda":
         total = min(found["memory"][:devices], default=0)
-        short = (advice if total and step > total else "") if found["cuda"] else NO_DEVICE
+        short = NO_DEVICE if not found["cuda"] else advice if step > total else ""
         return Check("memory", f"{_gb(step)} on each device", _gb(total), short)
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container
     told = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
