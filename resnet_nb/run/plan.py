@@ -50,8 +50,10 @@ def _overridden(model: type[Model], base: Model, overrides: dict) -> Model:
 
 
 def _hardware(p: Parameters) -> Hardware:
-    if "nodes" in p.overrides:
-        raise ValueError(f"nodes={p.overrides['nodes']} in overrides: it is a parameter of its own; use -p nodes {p.overrides['nodes']}")
+    for field, parameter in (("nodes", "nodes"), ("default_recipe", "recipe")):
+        if field in p.overrides:
+            value = p.overrides[field]
+            raise ValueError(f"{field}={value} in overrides: it is a parameter of its own; use -p {parameter} {value}")
     hardware = _overridden(Hardware, HARDWARE[p.hw], p.overrides).model_copy(update={"nodes": p.nodes})
     return (
         settle(hardware, find_devices() if hardware.accelerator != "cpu" else NO_DEVICES, exact=p.numerics == "exact")
