@@ -13,11 +13,12 @@ from PIL import Image
 
 from resnet_nb.cli import main
 from resnet_nb.data import splits
-from resnet_nb.data.formats import ENDINGS, find_pictures
+from resnet_nb.data.formats import find_pictures
 from resnet_nb.data.index import cache_dir, fingerprint
 from resnet_nb.data.inspect import examine, inspect_data, summary
 from resnet_nb.data.pack import pack
 from resnet_nb.data.splits import index_data, load_data
+from resnet_nb.data.tables import ENDINGS
 from resnet_nb.data.transforms import decode
 from resnet_nb.files import read_json
 from resnet_nb.results.plots import plot_odd, plot_sizes
@@ -189,6 +190,18 @@ def test_jfif_is_jpeg_and_avif_is_read_where_pillow_can(plain):
         assert len(find_pictures(plain).train) == 8
     report = inspect_data(plain)
     assert report["problems"] == [] and not {"misnamed", "undecodable"} & report["splits"]["train"]["listed"].keys()
+
+
+def test_the_grey_and_the_black_and_white_kinds_of_ppm_are_pictures(plain):
+    for number, ending in enumerate((".pgm", ".pbm", ".pnm")):
+        image = Image.new("1" if ending == ".pbm" else "L", (16, 16), number)
+        buffer = io.BytesIO()
+        image.save(buffer, "PPM")
+        write(plain / f"train/ant/a{ending}", buffer.getvalue())
+    assert len(find_pictures(plain).train) == 9
+    report = inspect_data(plain)
+    assert report["problems"] == [] and report["strays"] == []
+    assert not {"misnamed", "undecodable"} & report["splits"]["train"]["listed"].keys()
 
 
 def test_pictures_in_formats_that_are_not_read_are_counted_and_named(plain):

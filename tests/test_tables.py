@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -47,6 +49,13 @@ WHOLE = {  # a table for both splits
     "semicolons": lines(FILE, KEY, SPLIT).replace(",", ";"),
     "quotes": lines(("image_id", lambda name, *_: f'"{name}"'), KEY, SPLIT),
     "a row twice": lines(FILE, KEY, SPLIT, end="ant-0,ant,Training\n"),
+    "paths of Windows": lines(PATH, KEY, SPLIT).replace("/", "\\"),
+    "paths that begin with the folder, in capitals": lines(("path", lambda name, *_: f"/home/me/contest/images/{name}.PNG"), KEY, SPLIT),
+    "an index without a name, as pandas writes it": lines(
+        ("", lambda name, *_: str(ROWS.index(next(r for r in ROWS if r[0] == name)))), FILE, KEY, SPLIT
+    ),
+    "is_valid, true or false": lines(FILE, KEY, ("is_valid", lambda *row: str(row[2] == "val"))),
+    "a mask that is longer than csv's limit": lines(("mask", lambda *_: 140_000 * "1"), FILE, KEY, SPLIT),
 }
 
 
@@ -158,6 +167,13 @@ REFUSED = {
     "pictures that are gone": (lines(FILE, KEY, end="wasp-0,ant\n"), "names 1 of 17 pictures that are not there"),
     "several labels at once": (lines(FILE, ONE_HOT[0], ("flies", lambda *_: "1")), "gives 8 pictures several labels at once"),
     "two labels' columns": (lines(FILE, KEY, ("category", lambda name, *_: name[-1])), "has 2 columns that may be the label, 'label', 'category'"),
+    "a quote that is not closed": (lines(FILE, KEY).replace("ant-3,ant", 'ant-3,"ant'), "can't be read at line 17 (unexpected end of data"),
+    "a column twice": (lines(FILE, KEY, ("label", lambda name, *_: name)), "has 2 columns called 'label'; rename or remove the wrong one"),
+    "no headings": (lines(FILE, KEY).partition("\n")[2], "which is a picture and no heading; add a first line, such as file,label"),
+    "pictures that are all elsewhere": (lines(("file", lambda name, *_: f"far/{name}.png"), KEY), "names 16 of 16 pictures that are not there"),
+    "missing labels, as numpy writes them": (lines(FILE, KEY, end="").replace("ant-3,ant", "ant-3,nan"), "has 1 rows without a label"),
+    "flags beside a label": (lines(FILE, ONE_HOT[0], ONE_HOT[1], ("kind", KEY[1])), "has 3 columns that may be the label, 'ant', 'bee', 'kind'"),
+    "two splits of a row": (lines(FILE, KEY, SPLIT, ("is_valid", lambda *_: "0")), "has 2 columns that say the split, 'set', 'is_valid'; keep one"),
     "a short row": (lines(FILE, KEY, end="ant-0\n"), "has 1 values in row 18, its first row has 2; mend that row"),
 }  # fmt: skip
 
@@ -192,3 +208,57 @@ def test_pictures_whose_table_lies_one_level_up_are_refused_with_the_folder_to_p
     assert f"'labels.csv' lies one level up: pass {str(data)!r}" in refusal(data / "images")
     (data / "labels.csv").unlink()
     assert "one level up" not in refusal(data / "images")
+
+
+def test_a_number_of_the_row_is_no_picture_where_another_column_names_one(tmp_path):
+    order = (4, 2, 8, 1, 6, 3, 7, 5)  # the first four pictures are ants
+    for n in order:
+        write(tmp_path / "contest" / "images" / f"{n}.png", png(n))
+    data = tmp_path / "contest"
+    for heading, row in (
+        ("id,file,label", "{n},{file}.png,{key}"),
+        ("file,label,id", "{file},{key},{n}"),
+        ("label,file", "{key},{file}.png"),
+    ):
+        rows = [row.format(n=n, file=file, key=CLASSES[file > 4]) for n, file in enumerate(order, 1)]
+        write(data / "train.csv", "\n".join([heading, *rows]))
+        assert {name: key for name, (key, _) in labelled(find_pictures(data).train).items()} == {
+            f"{n}.png".encode(): CLASSES[n > 4] for n in range(1, 9)
+        }
+    write(data / "train.csv", "\n".join(["id,number,label", *(f"{n},{file},{CLASSES[file > 4]}" for n, file in enumerate(order, 1))]))
+    assert "has 2 columns that may name the pictures, 'id', 'number'; rename the right one to 'file'" in refusal(data)
+
+
+def test_a_column_of_splits_says_which_of_two_pictures_of_one_name_is_meant(tmp_path):
+    data = tmp_path / "contest"
+    for split, n in (("train", 0), ("val", 10)):
+        for i in range(6):
+            write(data / split / f"{i}.png", png(n + i))
+    rows = [f"{i}.png,{CLASSES[i % 2]},{'val' if i > 3 else 'train'}\n" for i in range(6)]
+    write(data / "labels.csv", "file,label,split\n" + "".join(rows))
+    train, val, _ = find_pictures(data)
+    assert {train.name(i) for i in range(len(train))} == {b"train/%d.png" % i for i in range(4)}
+    assert {val.name(i) for i in range(len(val))} == {b"val/4.png", b"val/5.png"}
+
+
+def test_a_table_means_the_same_in_every_process_and_one_for_testing_is_passed_over(usual, tmp_path):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "train_val_labels.csv", lines(FILE, KEY, SPLIT))
+    write(data / "test.csv", "image_id,label\nfar-0,ant\nfar-1,bee\n")
+    code = "import sys; from pathlib import Path; from resnet_nb.data.formats import find_pictures; print(find_pictures(Path(sys.argv[1])).train.said)"
+    told = {
+        subprocess.check_output([sys.executable, "-c", code, str(data)], env=os.environ | {"PYTHONHASHSEED": str(seed)}, text=True)
+        for seed in range(4)
+    }
+    assert told == {
+        "train: 12 pictures, validation: 4 pictures, labels: train_val_labels.csv (file: 'image_id', label: 'label', split: 'set')\n"
+    }
+    assert [labelled(index) for index in find_pictures(data)[:2]] == usual
+
+
+def test_beside_a_table_for_training_another_may_say_anything(usual, tmp_path):
+    data = pictures(tmp_path / "contest" / "images")
+    write(data / "bounding_boxes.csv", "file,x,y\nfar-0.png,1,2\n")
+    assert "names 1 of 1 pictures that are not there" in refusal(data)  # the control
+    write(data / "train.csv", lines(FILE, KEY, SPLIT))
+    assert [labelled(index) for index in find_pictures(data)[:2]] == usual

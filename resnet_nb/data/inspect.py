@@ -20,11 +20,12 @@ import numpy as np
 from PIL import Image
 
 from ..config import given_path, one_sentence
-from .formats import damaged_parts, is_imagenet, is_picture
+from .formats import damaged_parts, is_imagenet
 from .index import Index, cache_dir, fingerprint, in_parallel
 from resnet_nb.data.splits import (
     BAD, find_data_dir, inspected_indexes, list_data, one_class_problem, prepare_data, read_inspection, spelling_problem, unread_problem,
 )  # fmt: skip
+from .tables import is_picture
 from ..files import write_json
 from .transforms import BACKGROUND, ORIENTATION, Damaged, TooLarge, decode, is_raw, read_orientation
 
@@ -35,6 +36,7 @@ MODES = {
 }  # fmt: skip
 FORMATS = {
     ".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF", ".tiff": "TIFF", ".ppm": "PPM",
+    ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM",
 }  # fmt: skip
 OVER = "white" if BACKGROUND == (255, 255, 255) else f"the colour {BACKGROUND}"
 

@@ -18,7 +18,7 @@ from pyarrow import csv
 from torch import nn
 
 from ..config import given_path, one_sentence
-from ..data.formats import is_picture
+from ..data.tables import is_picture
 from ..files import write_file
 from .evaluate import pick_device
 
