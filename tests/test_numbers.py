@@ -13,7 +13,7 @@ from resnet_nb.learn.module import JudgedClassifier
 from resnet_nb.learn.network import build_model
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import STATE, checkpoint_path, commit_checkpoint, partial_path
-from resnet_nb.run.folder import read_rows
+from resnet_nb.run.folder import all_rows, make_run_dir, read_rows
 from resnet_nb.run.recording import last_whole
 
 SHORT = {"epochs": 1, "image_sizes": [16]}
@@ -98,6 +98,15 @@ def test_a_step_whose_statistics_could_not_be_held_is_counted_and_said(make_conf
     assert epoch.get("steps_without_stats") == steps and len([row for row in rows if "stats_not_held" in row]) == (steps or 0)
     log = (run_dir / "train.log").read_text(encoding="utf-8")
     assert ("⚠️ EPOCH 1: in 4 steps a mean or variance of BatchNorm's was beyond what its sums hold" in log) == bool(steps)
+    if steps:  # and a run that was stopped within the epoch counts as one that was not
+        stopped = make_run_dir("unheld-and-stopped")
+        stopped.joinpath("STOP").touch()
+        config = make_config("unheld-and-stopped", "local", weights=weights, **SHORT)
+        assert run_here(config)[1].startswith("stopped")
+        stopped.joinpath("STOP").unlink(missing_ok=True)
+        run_here(config, attempt=2)
+        assert [row["step"] for row in all_rows(stopped) if row["attempt"] == 2 and row["event"] == "step"][0] > 1
+        assert [row["steps_without_stats"] for row in read_rows(stopped, "epoch")] == [steps]
     shown = []
     launch.follow(run_dir, shown.append)
     assert ("BatchNorm's statistics beyond what is held in 4 steps" in shown[0]) == bool(steps)

@@ -53,13 +53,13 @@ class EpochSums:
         loss_sum, logits, targets = on_cpu_if_mps(loss_sum), on_cpu_if_mps(logits), on_cpu_if_mps(targets)
         counts = targets >= 0
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = top == targets[:, None]
+        answered = logits.isfinite().all(1)  # NaN has no order: topk would name a class
+        hits = (top == targets[:, None]) & answered[:, None]
         finite = representable(loss_sum)
         fixed = to_fixed(torch.where(finite, loss_sum, 0).float(), self.UNIT)
         sums = [torch.stack([fixed, (~finite).long(), counts.sum(), hits[:, 0].sum(), hits.sum()])]
         if self.num_classes:
-            wanted, given = targets[counts], top[counts, 0]
-            for classes in (wanted[wanted == given], given, wanted):
+            for classes in (targets[hits[:, 0]], top[counts & answered, 0], targets[counts]):
                 sums.append(torch.bincount(classes, minlength=self.num_classes))
         self.vector = self.vector.to(logits.device) + torch.cat(sums)
 
@@ -450,6 +450,7 @@ class ResNetModule(CompiledClassifier):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["train_sums"] = self.all_sum(self.train_sums.vector.clone()).cpu()  # every rank saves, rank zero writes
+        checkpoint["unheld"] = self.step_sums.unheld.cpu()  # the same on every rank
         checkpoint["classes"] = list(self.trainer.datamodule.train_index.titles)  # for whoever uses the network
         checkpoint["origin"] = origin_at(self.config.recipe, self.current_epoch).model_dump(exclude={"classes"})
 
@@ -457,3 +458,4 @@ class ResNetModule(CompiledClassifier):
         count_batches(checkpoint, self.steps_per_epoch, self.config.microbatches_per_rank)
         if self.global_rank == 0:  # they are the sums of all ranks, and must count once
             self.train_sums.vector = checkpoint["train_sums"]
+        self.step_sums.unheld = checkpoint.get("unheld", self.step_sums.unheld)  # older ones don't say

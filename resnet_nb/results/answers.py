@@ -50,6 +50,8 @@ def predict_files(network: nn.Module, places: Iterable[str | Path], top: int = 3
         row = {"path": os.fsencode(path).decode(errors="replace")} | dict.fromkeys(columns) | {"problem": None}
         try:
             chances = network(network.preprocess(path).to(device))[0].double().softmax(0).cpu()
+            if not chances.isfinite().all():
+                raise ValueError("the network's answer is not a finite number")
             best = chances.topk(min(top, len(chances)))
             for i, (chance, k) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
                 row |= {f"class_{i + 1}": network.classes[k], f"probability_{i + 1}": chance}

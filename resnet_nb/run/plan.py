@@ -50,10 +50,6 @@ def _overridden(model: type[Model], base: Model, overrides: dict) -> Model:
 
 
 def _hardware(p: Parameters) -> Hardware:
-    for field, parameter in (("nodes", "nodes"), ("default_recipe", "recipe")):
-        if field in p.overrides:
-            value = p.overrides[field]
-            raise ValueError(f"{field}={value} in overrides: it is a parameter of its own; use -p {parameter} {value}")
     hardware = _overridden(Hardware, HARDWARE[p.hw], p.overrides).model_copy(update={"nodes": p.nodes})
     return (
         settle(hardware, find_devices() if hardware.accelerator != "cpu" else NO_DEVICES, exact=p.numerics == "exact")
@@ -118,8 +114,11 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
             "for these data sets, with -p recipe NAME"
         )
     recipe_name, recipe, recipe_sha256 = (old.recipe_name, old.recipe, old.recipe_sha256) if old else read_recipe(recipe_name)
-    fields = Recipe.model_fields.keys() | Hardware.model_fields.keys()
+    fields = (Recipe.model_fields.keys() | Hardware.model_fields.keys()) - {"nodes", "default_recipe"}
     if unknown := [field for field in p.overrides if field not in fields]:
+        name = "recipe" if unknown[0] == "default_recipe" else unknown[0]
+        if name in Parameters.model_fields:
+            raise ValueError(f"{unknown[0]!r} in overrides: {name} is a parameter of its own; use -p {name} {p.overrides[unknown[0]]}")
         raise ValueError(f"unknown field {unknown[0]!r} in overrides; {nearest(unknown[0], fields)}")
 
     recipe = _overridden(Recipe, recipe, p.overrides)
