@@ -62,7 +62,7 @@ def _text(path: str) -> str:
 
 
 def read_options(p=(), r=(), y=(), f=()) -> Parameters:
-    "Parameters from the pairs, texts and files of -p, -r, -y and -f, later ones, and later fields of overrides, over earlier ones; ValueError for what can't be."
+    "Parameters from files (-f), texts (-y) and pairs (-p, then -r), each over those before it, as are fields of overrides; ValueError for what can't be."
     more = [parse_yaml(_text(path), f"file {path!r}") for path in f] + [parse_yaml(text, "-y") for text in y]
     more += [{n: value if n in TEXT else parse_yaml(f"value: {value}", f"-p {n} {value}")["value"]} for n, value in p]
     given = {}

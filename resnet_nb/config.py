@@ -359,7 +359,7 @@ class Augmentation(Pictures):
 class Recipe(Augmentation, Learning, Network):  # pydantic lists the fields of the last base first
     "What is learned. A field without a default has no sensible one."
 
-    expected_acc: Share | None = what("validation accuracy that a whole run reaches, where it has been measured", None)
+    expected_acc: Share | None = what("validation accuracy that a whole run is expected to reach at least; none: nothing is expected", None)
 
     @property
     def global_batch_size(self) -> int:
@@ -392,7 +392,7 @@ RECIPES = {
     "imagenette": Recipe(
         dataset="imagenette", arch="resnet18", epochs=20, image_sizes=(96, 128, 160), val_resize=8 / 7,
         num_microbatches=8, microbatch_size=16, peak_lr=0.1, weight_decay=5e-4, schedule="flat_cosine", warmup_ratio=1 / 10,
-        label_smoothing=0.1, crop_scale=(0.35, 1.0),
+        label_smoothing=0.1, crop_scale=(0.35, 1.0), expected_acc=0.85,
     ),
     "imagenette-5": Recipe(**SHORT | {"crop_scale": (0.5, 1.0)}, epochs=5, image_sizes=(128,), expected_acc=0.87),
     "imagenette-20": Recipe(**SHORT, epochs=20, image_sizes=(64, 96, 128, 128), expected_acc=0.91),

@@ -40,9 +40,8 @@ def paired(one: Evaluation, other: Evaluation) -> dict:
 
 def paired_line(one: str, other: str, found: dict) -> str:
     "The test in words."
-    word = f"{one} is right more often" if found["difference"] > 0 else f"{other} is right more often"
-    chance = f"by chance as much with p = {found['p']:.2g}"
+    more = f"{one if found['difference'] > 0 else other} is right more often, by {abs(found['difference']) * 100:.2f} points"
     return (
-        f"on the same {found['pictures']:,} pictures {word if found['difference'] else 'both are right as often'}, by {abs(found['difference']) * 100:.2f} points: "
-        f"{found['only_first']:,} only {one} got right, {found['only_second']:,} only {other}; {chance}"
+        f"on the same {found['pictures']:,} pictures {more if found['difference'] else 'both are right as often'}: {found['only_first']:,} only {one} got right, "
+        f"{found['only_second']:,} only {other}; chance alone brings such a difference with p = {found['p']:.2g}"
     )
