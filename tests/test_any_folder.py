@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -305,6 +306,20 @@ def test_hashes_are_kept_until_a_file_changes(tmp_path, home, monkeypatch):
     assert len(read) == 2 * MANY
 
 
+def test_a_link_that_leads_elsewhere_now_changes_no_other_folder(tmp_path, home):
+    data = aged(tree(tmp_path / "one"))
+    other = shutil.copytree(data, tmp_path / "other")
+    write(other / "train/ant/0.png", png(200))
+    assert os.path.getsize(data / "train/ant/0.png") == os.path.getsize(aged(other) / "train/ant/0.png")
+    (tmp_path / "current").symlink_to("one")
+    index_data(tmp_path / "current")
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("other")
+    for place, first in ((data, png(0)), (tmp_path / "current", png(200)), (other, png(200))):
+        train, _ = index_data(place)
+        assert train.read(0) == first and train.where(0) == str(place.resolve() / "train/ant/0.png")
+
+
 def test_a_pack_keeps_what_was_drawn_and_takes_the_same_recipe(tmp_path, home, make_config):
     data = tree(tmp_path / "all", val="", count=MANY)
     code = CliRunner().invoke(main, ["pack", str(data), str(tmp_path / "pack"), "--size", "8", "--val-share", "0.2"])
@@ -348,6 +363,13 @@ def test_names_of_classes_that_differ_in_spelling_alone_are_refused_with_the_dif
         assert sentence in inspect_data(data)["problems"]
     letters = tree(tmp_path / "letters", classes=("a", "A"))
     assert index_data(letters)[0].classes == ("A", "a") and index_data(plain)[0].classes == CLASSES
+    alone = tree(tmp_path / "drawn", val="", classes=("a", "A"), count=MANY)  # no validation set that could tell
+    assert (
+        "'A' (in train) and 'a' (in train); rename one, so that there is one name for a class; if they are two, as a and A are, sort"
+        in refusal(alone, lambda data: index_data(data, 0.2))
+    )
+    assert len(inspect_data(alone)["problems"]) == 1 and not inspect_data(letters)["problems"]
+    assert len(index_data(tree(tmp_path / "control", val="", classes=("a", "B"), count=MANY), 0.2)[1])
 
 
 def shards(home, places, label=None, kind=None, names=None):

@@ -248,7 +248,7 @@ def inspect_data(data_dir: str | Path) -> dict:
                 [
                     *(unread_problem(index, split) for split, index in indexes.items()),
                     one_class_problem(found.train),
-                    spelling_problem(*classes.values()),
+                    spelling_problem(found.train, found.val),
                 ],
             )
         ],
