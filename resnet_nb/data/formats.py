@@ -8,8 +8,8 @@ __all__ = ['ENDINGS', 'UNREAD', 'WNID', 'IMAGENETTE', 'JUNK', 'ROLES', 'WRAPPERS
            'count_unread', 'folders_in', 'junk_in', 'has_pictures', 'holds_pictures', 'what_lies', 'index_folder',
            'role_of', 'find_splits', 'class_root', 'index_tiny', 'find_folders', 'Table', 'read_table', 'label_column',
            'picture_names', 'understand_table', 'find_tables', 'find_table', 'find_kaggle', 'read_devkit', 'find_tars',
-           'find_shards', 'find_parquet', 'list_pack', 'find_pack', 'damaged_parts', 'refuse_saved', 'form_of',
-           'find_pictures']
+           'find_shards', 'find_parquet', 'list_pack', 'read_pack', 'about_pack', 'find_pack', 'damaged_parts',
+           'refuse_saved', 'form_of', 'find_pictures']
 
 # %% ../../nbs/data/01_formats.ipynb #imports
 import csv
@@ -697,47 +697,73 @@ def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
         raise ValueError(f"{path!r} is no whole part of a pack: {error}; pack again, into the same folder") from None
     return keys, names, sizes, offsets
 
+# %% ../../nbs/data/01_formats.ipynb #read_pack
+def read_pack(folder: Path) -> dict:
+    "What the pack.json in `folder` says; ValueError where it is not that of a pack, or not as it was written."
+    path = folder / "pack.json"
+    try:
+        about = read_json(path)
+    except ValueError as error:
+        raise type(error)(f"{error}; to pack again, remove it and the *.arrow files beside it, or choose another folder") from None
+    if not {"version", "finished", "source", "splits", "titles", "parts"} <= about.keys():
+        raise ValueError(f"{str(path)!r} is not that of a pack; choose another folder")
+    return about
+
+
+def about_pack(index: Index) -> dict:
+    "What pack.json says of the pack that the pictures of `index` are in; {} where they are in none."
+    return read_pack(Path(index.root)) if index.layout == "spans" and (Path(index.root) / "pack.json").exists() else {}
+
 # %% ../../nbs/data/01_formats.ipynb #find_pack
 PACK_VERSION = 2  # another one is not read
 
 
 def find_pack(data_dir: Path) -> Found:
-    "The pictures of a pack; raises ValueError where it can't be read as a whole."
-    about = read_json(data_dir / "pack.json")
-    if not {"version", "finished", "splits", "titles", "parts"} <= about.keys():
-        raise ValueError(f"{str(data_dir / 'pack.json')!r} is not that of a pack; choose another folder")
+    """The pictures of a pack; raises ValueError where it can't be read as a whole.
+
+    Of its parts the sizes are compared with what was written, and how many pictures there are; `damaged_parts` compares every byte."""
+    about, again = read_pack(data_dir), "run the same resnet-nb pack command again"
     if about["version"] != PACK_VERSION:
         raise ValueError(
             f"the pack {str(data_dir)!r} was made by another version of resnet-nb (pack version {about['version']}, needed is {PACK_VERSION}); "
             "pack again, into another folder"
         )
     if not about["finished"]:
-        raise ValueError(
-            f"the pack {str(data_dir)!r} is not finished; run the same resnet-nb pack command again, it goes on where it stopped"
-        )
+        raise ValueError(f"the pack {str(data_dir)!r} is not finished; {again}, it goes on where it stopped")
     found, watched = [], [str(data_dir / "pack.json")]
     for split in ("train", "val"):
         files = about["splits"][split]["files"]
         paths = [str(data_dir / file) for file in files]
-        if missing := [path for path in paths if not os.path.exists(path)]:
-            raise ValueError(f"the pack has lost {missing[0]!r}; run the same resnet-nb pack command again")
+        for file, path in zip(files, paths):
+            if not os.path.exists(path):
+                raise ValueError(f"the pack has lost {path!r}; {again}")
+            if (size := os.path.getsize(path)) != (written := about["parts"].get(file, {}).get("bytes", 0)):
+                raise ValueError(
+                    f"{path!r} is no whole part of a pack: it has {size:,} bytes, written were {written:,}; {again}, into the same folder"
+                )
         rows = []
         for number, (keys, names, sizes, offsets) in enumerate(in_parallel(list_pack, paths, f"{split}: pack", threads=True)):
             rows += by_class(keys, names, sizes, number, offsets)
         found.append(make_index(data_dir, "spans", about["titles"], rows, files))
+        if (there := len(found[-1])) != (written := about["source"][split]["pictures"]):
+            raise ValueError(
+                f"the pack {str(data_dir)!r} holds {there:,} {split} pictures, packed were {written:,}; {again}, into the same folder"
+            )
         watched += paths
     train, val = found
     return Found(train, val, watched)
 
 # %% ../../nbs/data/01_formats.ipynb #damaged_parts
 def damaged_parts(dst: str | Path) -> list[str]:
-    "Names of the parts of a pack whose sha256 is not that of what was written, or that are gone."
-    about = read_json(Path(dst) / "pack.json", parts=dict)
+    "Names of the parts of a pack whose size or sha256 is not that of what was written, or that are gone."
+    about = read_pack(Path(dst))
     names = list(about["parts"])
 
     def is_damaged(name: str) -> bool:
-        path = Path(dst) / name
-        return not path.exists() or hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != about["parts"][name]["sha256"]
+        path, part = Path(dst) / name, about["parts"][name]
+        if not path.is_file() or path.stat().st_size != part["bytes"]:  # an empty file could not be mapped into memory
+            return True
+        return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != part["sha256"]
 
     return [name for bad, name in zip(in_parallel(is_damaged, names, "sha256 of each part", threads=True), names) if bad]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import given_path, project_root
-from .formats import Found, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
+from .formats import Found, about_pack, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
 from .index import Index, arrays_sha256, cache_dir, fingerprint, in_parallel, keep_index, kept_index
 from ..files import DamagedFile, read_json
 from ..seed import DIGITS, permutation, seed_key
@@ -229,7 +229,7 @@ def has_val(data_dir: str | Path, train: Index, val: Index, val_share: float = 0
             "with overrides: {val_share: 0.2} for instance, or add val/CLASS/FILE"
         )
     if len(val) and val_share:
-        drawn = read_json(Path(data_dir) / "pack.json").get("drawn")
+        drawn = about_pack(train).get("drawn")
         if drawn != {"val_share": val_share, "group": group}:
             how = f", drawn with {drawn}" if drawn else ""
             raise ValueError(
