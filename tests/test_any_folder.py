@@ -419,6 +419,65 @@ def test_missing_shards_are_refused_by_number(tmp_path):
     assert "has 2 of 4 train shards; missing: 00001, 00003; download them" in refusal(data)
 
 
+def test_shards_of_two_copies_are_refused_and_older_names_have_a_hash(tmp_path):
+    usual = pictures_of(find_pictures(shards(tmp_path / "usual", PLACES)).train)
+    older = [f"data/train-{i:05d}-of-00002-{'abcdef0123456789'[i:]}.parquet" for i in range(2)]
+    data = shards(tmp_path / "older", [*older, "data/validation-00000-of-00001-b42a775f407cee45.parquet"])
+    assert pictures_of(find_pictures(data).train) == usual
+    (data / older[0]).unlink()
+    assert "has 1 of 2 train shards; missing: 00000; download them" in refusal(data)
+    one = "train-00000-of-00001.parquet"
+    for name, places in (
+        ("another number of shards", [one, *PLACES]),
+        ("another hash", [one.replace(".", "-aaaa."), one.replace(".", "-bbbb."), PLACES[2]]),
+        ("with a hash and without", [one, one.replace(".", "-aaaa."), PLACES[2]]),
+        ("with a number and without", ["train.parquet", *PLACES]),
+        ("in a folder", [f"default/train/{place}" for place in (one, *PLACES[:2])]),
+        ("of validation", [*PLACES, "validation.parquet"]),
+    ):
+        said = refusal(shards(tmp_path / name, places))
+        assert (
+            "are shards of two copies of the " + ("val" if "validation" in name else "train") in said and "would count twice; keep" in said
+        )
+
+
+def test_what_comes_before_the_number_of_a_shard_is_the_split(tmp_path):
+    for n, name in enumerate(
+        ("train.parquet", "train_0.parquet", "train-0.parquet", "train0.parquet", "train2017.parquet", "train_images-1.parquet")
+        + (
+            "train-part-3.parquet",
+            "train_shard_3.parquet",
+            "data/train_set-00000-of-00001.parquet",
+            "train/a.parquet",
+            "data/train/0.parquet",
+        )
+    ):
+        assert len(find_pictures(shards(tmp_path / f"{n}", [name])).train) == 6
+    data = shards(tmp_path / "all", ["train.parquet", "val.parquet"])
+    before = prints(data)
+    assert find_pictures(data).train.said == ""
+    shards(data, ["trainval.parquet", "train_val.parquet", "values.parquet", "test.parquet"])
+    assert prints(data) == before
+    assert find_pictures(data).train.said == (
+        "train: 6 pictures in 1 shards, validation: 6 pictures in 1 shards; "
+        "passed over: test.parquet, train_val.parquet, trainval.parquet and 1 more"
+    )
+    (data / "train.parquet").unlink()
+    assert "are needed, in train.parquet or train-00000-of-00001.parquet for instance" in refusal(data)
+
+
+def test_labels_that_are_words_here_and_nameless_numbers_there_are_refused(tmp_path):
+    data = shards(tmp_path / "words", ["train-0.parquet", "train-1.parquet"], "text")
+    assert find_pictures(data).train.classes == CLASSES
+    images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(4)]
+    pq.write_table(numbers := pa.table({"image": images, "label": [0, 1, 0, 1]}), data / "train-1.parquet")
+    assert "has shards whose labels are words, and shards whose labels are numbers without names; write them again" in refusal(data)
+    pq.write_table(numbers.slice(0, 0), data / "train-1.parquet")
+    assert len(find_pictures(data).train) == 6  # no rows, no labels
+    shards(data, ["train-1.parquet"])
+    assert find_pictures(data).train.classes == CLASSES and len(find_pictures(data).train) == 12  # numbers with names
+
+
 def test_hugging_faces_other_layouts_are_read_or_refused_with_what_to_do(plain, tmp_path):
     usual = find_pictures(shards(tmp_path / "usual", PLACES))
     places = ["default/train/0000.parquet", "default/train/0001.parquet", "default/validation/0000.parquet"]

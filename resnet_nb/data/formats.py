@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'UNREAD', 'WNID', 'IMAGENETTE', 'JUNK', 'ROLES', 'WRAPPERS', 'BESIDE_ROLE', 'LABELS', 'TRAIN_TAR',
-           'VAL_TAR', 'DEVKIT', 'PACK_VERSION', 'Found', 'by_class', 'is_picture', 'is_imagenet', 'known_titles',
-           'count_unread', 'folders_in', 'junk_in', 'has_pictures', 'holds_pictures', 'what_lies', 'index_folder',
-           'role_of', 'find_splits', 'class_root', 'index_tiny', 'find_folders', 'Table', 'read_table', 'label_column',
-           'picture_names', 'understand_table', 'find_tables', 'find_table', 'find_kaggle', 'read_devkit', 'find_tars',
-           'find_shards', 'find_parquet', 'list_pack', 'read_pack', 'about_pack', 'find_pack', 'damaged_parts',
-           'refuse_saved', 'form_of', 'find_pictures']
+           'VAL_TAR', 'DEVKIT', 'SHARD', 'PACK_VERSION', 'Found', 'by_class', 'is_picture', 'is_imagenet',
+           'known_titles', 'count_unread', 'folders_in', 'junk_in', 'has_pictures', 'holds_pictures', 'what_lies',
+           'index_folder', 'role_of', 'find_splits', 'class_root', 'index_tiny', 'find_folders', 'Table', 'read_table',
+           'label_column', 'picture_names', 'understand_table', 'find_tables', 'find_table', 'find_kaggle',
+           'read_devkit', 'find_tars', 'find_shards', 'find_parquet', 'list_pack', 'read_pack', 'about_pack',
+           'find_pack', 'damaged_parts', 'refuse_saved', 'form_of', 'find_pictures']
 
 # %% ../../nbs/data/01_formats.ipynb #imports
 import csv
@@ -603,6 +603,17 @@ def _named(folder: Path, labels: list, file_names: list[bytes], names: list[str]
     return [f"{names[label]} ({label})" if names[label] in twice else names[label] for label in labels], file_names, names
 
 
+def _all_named(folder: Path, splits: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
+    "Of each split, what `_list_parquet` found in its shards, named; ValueError where some labels are words, and others numbers without names."
+    others = [names for lists in splits.values() for *_, names in lists if names]
+    splits = {split: [_named(folder, *found, others) for found in lists] for split, lists in splits.items()}
+    if len({type(label) for lists in splits.values() for labels, *_ in lists for label in labels[:1]}) > 1:
+        raise ValueError(
+            f"{str(folder)!r} has shards whose labels are words, and shards whose labels are numbers without names; write them again, in one way"
+        )
+    return splits
+
+
 def _keys_and_names(lists: list[tuple], key_of: Callable) -> list[tuple[list[str], list[bytes]]]:
     "For each shard, the class keys and names of its rows: the names of class folders where they are unique, else shard and row."
     keys = [[key_of(label) for label in labels] for labels, *_ in lists]
@@ -614,48 +625,63 @@ def _keys_and_names(lists: list[tuple], key_of: Callable) -> list[tuple[list[str
     return list(zip(keys, names))
 
 # %% ../../nbs/data/01_formats.ipynb #find_shards
+SHARD = re.compile(
+    r"(?:-(\d+)-of-(\d+)(?:-\w+)?|[-_](?:part|shard|chunk|batch)[-_]?\d+)$"
+)  # how a shard's name ends; older ones with a hash
+
+
+def _shards_problem(split: str, shards: list[Path]) -> str:
+    "A sentence where some of the numbered shards of a split are missing, or lie there twice; empty where they are whole."
+    matches = [SHARD.search(shard.stem) for shard in shards]
+    numbers = [(int(match[1]), int(match[2])) if match and match[1] else (-1, -1) for match in matches]  # of each: its own, and of how many
+    for one, other, (number, total), (next_number, next_total) in zip(shards, shards[1:], numbers, numbers[1:]):
+        if total != next_total or number == next_number != -1:
+            return (
+                f"{str(one)!r} and {str(other)!r} are shards of two copies of the {split} pictures, which would count twice; "
+                "keep the shards of one, and move the others away"
+            )
+    total = numbers[0][1]
+    if missing := sorted(set(range(total)) - {number for number, _ in numbers}):
+        them = ", ".join(f"{number:05d}" for number in missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
+        return f"{str(shards[0].parent)!r} has {total - len(missing)} of {total} {split} shards; missing: {them}; download them"
+    return ""
+
+
 def find_shards(data_dir: Path) -> dict[str, list[Path]]:
-    "The parquet shards of each split in `data_dir`, its data/, or a folder for each split there or in default/; ValueError where some are missing."
-    found = {}
-    for split, pattern in (("train", "train*.parquet"), ("val", "val*.parquet")):
-        shards = sorted([*data_dir.glob("data/" + pattern)] or data_dir.glob(pattern))
+    """The parquet shards of each split in `data_dir`, its data/, or a folder for each split there or in default/.
+
+    What comes before the number of a shard is the split's name. ValueError where shards are missing, or lie there twice."""
+    found, of_split = {}, lambda folder, split: [p for p in folder.glob(f"{split}*.parquet") if role_of(SHARD.sub("", p.stem)) == split]
+    for split in ("train", "val"):
+        shards = sorted(of_split(data_dir / "data", split) or of_split(data_dir, split))
         for top in (data_dir, data_dir / "data", data_dir / "default"):
             if not shards and top.is_dir():
                 folders = [top / name for name in folders_in(top) if role_of(name) == split and not has_pictures(top / name)]
                 shards = sorted(shard for folder in folders for shard in folder.glob("*.parquet"))
+        if shards and (problem := _shards_problem(split, shards)):
+            raise ValueError(problem)
         if shards:
             found[split] = shards
-        for total in {match[1] for shard in shards if (match := re.search(r"-of-(\d+)\.parquet$", shard.name))}:
-            there = {int(match[1]) for shard in shards if (match := re.search(rf"-(\d+)-of-{total}\.parquet$", shard.name))}
-            if missing := sorted(set(range(int(total))) - there):
-                numbers = ", ".join(f"{number:05d}" for number in missing[:5]) + f" and {len(missing) - 5} more" * (len(missing) > 5)
-                raise ValueError(
-                    f"{str(shards[0].parent)!r} has {len(there)} of {int(total)} {split} shards; missing: {numbers}; download them"
-                )
     return found
 
 # %% ../../nbs/data/01_formats.ipynb #find_parquet
 def find_parquet(data_dir: Path) -> Found:
     "Hugging Face's shards of pictures; raises ValueError where a split is missing, or a label has no name."
     by_split = find_shards(data_dir)
-    parents = {shard.parent for shards in by_split.values() for shard in shards}
+    used = [shard for shards in by_split.values() for shard in shards]
+    parents = {shard.parent for shard in used}
     folder = min(parents) if len(parents) == 1 else data_dir
-    splits, watched = {}, sorted({str(data_dir), str(folder), *map(str, parents)})
-    for split, pattern in (("train", "train*.parquet"), ("val", "val*.parquet")):
-        shards = by_split.get(split, [])
-        if not shards and split == "train":
-            raise ValueError(f"{str(folder)!r} has parquet files, but none called {pattern}; pictures to train on are needed")
-        if not shards:
-            continue
-        watched += [str(shard) for shard in shards]
-        splits[split] = shards, list(in_parallel(_list_parquet, [str(shard) for shard in shards], f"{split}: parquet shards", threads=True))
-    others = [names for _, lists in splits.values() for *_, names in lists if names]
-    splits = {
-        split: (shards, [_named(folder, labels, names, titles, others) for labels, names, titles in lists])
-        for split, (shards, lists) in splits.items()
+    if "train" not in by_split:
+        raise ValueError(
+            f"{str(folder)!r} has parquet files, but none called train*.parquet; pictures to train on are needed, "
+            "in train.parquet or train-00000-of-00001.parquet for instance"
+        )
+    listed = {
+        split: list(in_parallel(_list_parquet, [str(shard) for shard in shards], f"{split}: parquet shards", threads=True))
+        for split, shards in by_split.items()
     }
-    wnid_of = {}
-    for labels, names, _ in splits["train"][1]:
+    splits, wnid_of = _all_named(folder, listed), {}
+    for labels, names, _ in splits["train"]:
         for label, name in zip(labels, names):
             if wnid := WNID.match(os.fsdecode(name)):
                 wnid_of.setdefault(label, wnid[0])
@@ -663,18 +689,21 @@ def find_parquet(data_dir: Path) -> Found:
         wnid_of = {}  # several labels share a WNID: they are not ImageNet's classes
     title_of = lambda label: str(label).split(",")[0]  # may repeat: ImageNet has two 'maillot', whose whole names differ
     key_of = lambda label: wnid_of.get(label) or str(label)
-    found = []
-    for shards, lists in splits.values():
+    found = {}
+    for split, lists in splits.items():
         titles = {key_of(label): title_of(label) for labels, *_ in lists for label in set(labels)}
         rows = []
         for number, (keys, names) in enumerate(_keys_and_names(lists, key_of)):
             rows += by_class(keys, names, [0] * len(keys), number, list(range(len(keys))))
-        found.append(make_index(folder, "rows", titles, rows, [os.path.relpath(shard, folder) for shard in shards]))
-    if len(found) == 1:
-        (train,) = found
-        train.said = f"train: {len(train):,} pictures in {len(by_split['train'])} shards, validation: none"
-        found.append(make_index(folder, "rows", dict(zip(train.classes, train.titles)), []))
-    return Found(found[0], found[1], watched)
+        found[split] = make_index(folder, "rows", titles, rows, [os.path.relpath(shard, folder) for shard in by_split[split]])
+    train = found["train"]
+    val = found["val"] if "val" in found else make_index(folder, "rows", dict(zip(train.classes, train.titles)), [])
+    over = sorted({path.name for top in {data_dir, *parents} for path in top.glob("*.parquet")} - {shard.name for shard in used})
+    if over or "val" not in found:
+        held = f"{len(val):,} pictures in {len(by_split['val'])} shards" if "val" in found else "none"
+        train.said = f"train: {len(train):,} pictures in {len(by_split['train'])} shards, validation: {held}"
+        train.said += f"; passed over: {', '.join(over[:3])}" + f" and {len(over) - 3} more" * (len(over) > 3) if over else ""
+    return Found(train, val, sorted({str(data_dir), str(folder), *map(str, parents)}) + [str(shard) for shard in used])
 
 # %% ../../nbs/data/01_formats.ipynb #list_pack
 def list_pack(path: str) -> tuple[list[str], list[bytes], list[int], list[int]]:
