@@ -331,6 +331,20 @@ def test_a_pack_keeps_what_was_drawn_and_takes_the_same_recipe(tmp_path, home, m
     assert "draw them" in refusal(data, lambda data: pack(data, tmp_path / "another"))
 
 
+def test_commands_advise_their_own_options_and_runs_overrides(tmp_path, home, plain):
+    data, pack_ = tree(tmp_path / "all", val="", count=MANY), str(tmp_path / "pack")
+    said = lambda *line: " ".join(CliRunner().invoke(main, [*map(str, line)]).output.split())
+    assert "with --val-share 0.2 for instance" in said("pack", data, pack_) and "overrides: {val_share: 0.2}" in refusal(data, load_data)
+    write(plain / "train/ant/bad.png", b"bad")
+    inspect_data(plain)
+    assert "leave them out with --bad-pictures skip-listed" in said("pack", plain, pack_)
+    assert "leave them out with overrides: {bad_pictures: skip-listed}" in refusal(plain, load_data)
+    for command in (("pack", plain, pack_), ("check", "data", plain)):
+        assert "use that one, with --val-share 0 --group ''" in said(*command, "--val-share", 0.2)
+    advised = CliRunner().invoke(main, ["pack", str(data), pack_, "--val-share", "0.2", "--group", "", "--bad-pictures", "fail"])
+    assert advised.exit_code == 0, advised.output
+
+
 def test_a_run_on_drawn_pictures_says_so_and_leaves_out_bad_ones(tmp_path, home, make_config):
     data = tree(tmp_path / "all", val="", count=MANY)
     before = index_data(data, 0.2)
@@ -495,6 +509,40 @@ def test_hugging_faces_other_layouts_are_read_or_refused_with_what_to_do(plain, 
     assert "has parquet files, but none called train*.parquet" in refusal(tmp_path / "alone")
 
 
+def test_a_class_that_is_called_as_a_split_is_refused_with_what_to_do_which_does_it(tmp_path):
+    for name in ("train", "val", "test"):
+        data = tree(tmp_path / name, train=".", val="", classes=("bus", "car", name))
+        sentence = f"a folder called {name!r} is taken for a split: if it is a class, as 'bus' is, move all class folders into 'train'"
+        assert sentence in refusal(data)
+        (data / "within").mkdir()
+        for key in ("bus", "car", name):
+            (data / key).rename(data / "within" / key)
+        (data / "within").rename(data / "train")
+        assert find_pictures(data).train.classes == tuple(sorted(("bus", "car", name)))
+    write(tmp_path / "flat" / "train" / "0.png", png())
+    assert "taken for a split" not in refusal(tmp_path / "flat")  # the control: no classes beside it
+
+
+def test_folders_and_files_that_can_not_be_read_are_named_with_what_to_do(plain, home, monkeypatch):
+    index_data(plain)
+
+    def refuse(what, closed):
+        def listing(path="."):
+            if os.fsdecode(path).rstrip("/") == str(closed):
+                raise PermissionError(13, "Permission denied", path)
+            return whole(path)
+
+        whole = getattr(os, what)
+        monkeypatch.setattr(os, what, listing)
+        said = refusal(aged(plain), splits.list_data)
+        monkeypatch.undo()
+        return said
+
+    for what, closed in (("scandir", plain / "train/ant"), ("listdir", plain / "train"), ("scandir", plain)):
+        assert f"{str(closed)!r} can't be read: Permission denied; make it readable (chmod -R u+rX), or move it out" in refuse(what, closed)
+    assert len(index_data(plain)[0]) == 6  # the control
+
+
 def test_tiny_imagenet_and_kaggle_are_found_from_a_level_above_or_below(plain, tmp_path):
     data, lines = tmp_path / "downloads" / "tiny-imagenet-200", []
     for label, key in enumerate(("n01443537", "n01629819")):
@@ -510,6 +558,12 @@ def test_tiny_imagenet_and_kaggle_are_found_from_a_level_above_or_below(plain, t
         assert pictures_of(found.val) == [("n01443537", png(200)), ("n01629819", png(201))]
     write(data / "val/val_annotations.txt", lines[0])
     assert "val_annotations.txt' has no line for 'val_1.JPEG'; it needs one for every picture" in refusal(data)
+    write(data / "val/val_annotations.txt", "".join(lines) + lines[0])  # a row twice is one row
+    assert len(find_pictures(data).val) == 2
+    write(data / "val/val_annotations.txt", "".join(lines) + lines[0].replace("n01443537", "n01629819"))
+    assert "val_annotations.txt' gives 'val_0.JPEG' both 'n01443537' and 'n01629819'; keep one of the rows" in refusal(data)
+    write(data / "val/val_annotations.txt", "".join(lines).encode() + b"\xe9\tn01443537\n")
+    assert "val_annotations.txt' is no table in UTF-8" in refusal(data)
 
     kaggle = tmp_path / "imagenet-object-localization-challenge"
     tree(kaggle / "ILSVRC/Data/CLS-LOC", val="")

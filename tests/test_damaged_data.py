@@ -180,6 +180,21 @@ REFUSED = {
         "kaggle", table("ImageId,PredictionString\nx,\n"), "is not Kaggle's table: it needs the columns ImageId and PredictionString, both filled"),
     "Kaggle's table without a line for a picture": (
         "kaggle", table("\ufeffImageId,PredictionString\n"), "LOC_val_solution.csv has no line for 'ILSVRC2012_val_0000000"),
+    "Kaggle's table with two labels for a picture": (
+        "kaggle", lambda data: edit(data / "LOC_val_solution.csv", lambda text: text + b"ILSVRC2012_val_00000000,n01443537 1 2 3 4\n"),
+        "LOC_val_solution.csv' gives 'ILSVRC2012_val_00000000' both 'n01440764' and 'n01443537'; keep one of the rows"),
+    "Kaggle's table that is not UTF-8": (
+        "kaggle", lambda data: edit(data / "LOC_val_solution.csv", lambda text: text + b"\xe9\xe8,n01443537 1\n"),
+        "LOC_val_solution.csv' is no table in UTF-8 ("),
+    "a development kit with a damaged table": (
+        "tars", lambda data: write(data / DEVKIT, tar_of([("meta.mat", bytes(range(200))), ("ILSVRC2012_validation_ground_truth.txt", b"1")], "w:gz")),
+        f"{DEVKIT}' is not ImageNet's development kit (Mat 4 mopt wrong format"),
+    "a development kit whose bytes are damaged": (
+        "tars", lambda data: edit(data / DEVKIT, lambda kit: over(kit, len(kit) // 2, b"?!?!")), f"{DEVKIT}' is not ImageNet's development kit ("),
+    "a development kit that is cut short": (
+        "tars", lambda data: edit(data / DEVKIT, lambda kit: kit[: len(kit) // 2]), f"{DEVKIT}' is not ImageNet's development kit ("),
+    "an empty development kit": (
+        "tars", lambda data: write(data / DEVKIT, ""), f"{DEVKIT}' is not ImageNet's development kit ("),
     "a parquet label that is null": (
         "parquet", shard(image=IMAGES, label=[None, 0, 0, 0, 1, None]), "has 2 rows without a label (null or -1)"),
     "a parquet label that is -1": (

@@ -6,10 +6,10 @@
 __all__ = ['ENDINGS', 'UNREAD', 'WNID', 'IMAGENETTE', 'JUNK', 'ROLES', 'WRAPPERS', 'BESIDE_ROLE', 'LABELS', 'TRAIN_TAR',
            'VAL_TAR', 'DEVKIT', 'SHARD', 'PACK_VERSION', 'Found', 'by_class', 'is_picture', 'is_imagenet',
            'known_titles', 'count_unread', 'folders_in', 'junk_in', 'has_pictures', 'holds_pictures', 'what_lies',
-           'index_folder', 'role_of', 'find_splits', 'class_root', 'index_tiny', 'find_folders', 'Table', 'read_table',
-           'label_column', 'picture_names', 'understand_table', 'find_tables', 'find_table', 'find_kaggle',
-           'read_devkit', 'find_tars', 'find_shards', 'find_parquet', 'list_pack', 'read_pack', 'about_pack',
-           'find_pack', 'damaged_parts', 'refuse_saved', 'form_of', 'find_pictures']
+           'index_folder', 'role_of', 'find_splits', 'class_root', 'taken_for_split', 'read_labels', 'index_tiny',
+           'find_folders', 'Table', 'read_table', 'label_column', 'picture_names', 'understand_table', 'find_tables',
+           'find_table', 'find_kaggle', 'read_devkit', 'find_tars', 'find_shards', 'find_parquet', 'list_pack',
+           'read_pack', 'about_pack', 'find_pack', 'damaged_parts', 'refuse_saved', 'form_of', 'find_pictures']
 
 # %% ../../nbs/data/01_formats.ipynb #imports
 import csv
@@ -90,11 +90,17 @@ def known_titles(data_dir: Path, keys: list[str]) -> dict[str, str]:
 def _list_class(folder: str) -> tuple[list[bytes], list[int], list[str], list[bytes]]:
     """Names below `folder` and sizes in bytes of its pictures, all folders that were listed, and names of pictures that are not read.
 
-    Raises ValueError for a dead link."""
+    Raises ValueError for a dead link, and for a folder that can't be listed."""
     names, sizes, folders, unread, below = [], [], [folder], [], [b""]
     while below:
         prefix = below.pop()
-        with os.scandir(os.path.join(os.fsencode(folder), prefix)) as entries:
+        try:
+            listing = os.scandir(at := os.path.join(os.fsencode(folder), prefix))
+        except OSError as error:
+            raise ValueError(
+                f"folder {os.fsdecode(at).rstrip('/')!r} can't be read: {error.strerror}; make it readable (chmod -R u+rX), or move it out of the data"
+            ) from None
+        with listing as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     if not entry.name.startswith(b"."):
@@ -164,7 +170,10 @@ def index_folder(root: Path, data_dir: Path) -> tuple[Index, list[str]]:
         raise ValueError(f"no folder {str(root)!r}; pictures are needed as {root.name}/CLASS/FILE")
     keys = folders_in(root)
     if not keys:
-        raise ValueError(f"{str(root)!r} has no class folders, it holds {what_lies(root)}; pictures are needed as {root.name}/CLASS/FILE")
+        raise ValueError(
+            f"{str(root)!r} has no class folders, it holds {what_lies(root)}; pictures are needed as {root.name}/CLASS/FILE"
+            + taken_for_split(root)
+        )
     if loop := next((key for key in keys if root.resolve().is_relative_to((root / key).resolve())), None):
         raise ValueError(f"class folder {os.path.join(root, loop)!r} is a link to a folder that holds it; remove it")
     rows, watched, unread, deep = [], [str(root)], {}, ""
@@ -232,11 +241,30 @@ def class_root(folder: Path) -> Path:
             return class_root(inner)
     return folder
 
+# %% ../../nbs/data/01_formats.ipynb #taken_for_split
+def taken_for_split(folder: Path) -> str:
+    "What to do about a folder that is a class, and a split by its name, as a clause for an error; empty where no others lie beside it."
+    if not role_of(folder.name) or not (beside := [name for name in folders_in(folder.parent) if not role_of(name)]):
+        return ""
+    return f"; a folder called {folder.name!r} is taken for a split: if it is a class, as {beside[0]!r} is, move all class folders into 'train'"
+
+# %% ../../nbs/data/01_formats.ipynb #read_labels
+def read_labels(path: Path, row_of: Callable[[Iterable[str]], Iterable[tuple[str, str]]]) -> dict[str, str]:
+    "The label of each name in a table, whose lines `row_of` takes apart; ValueError where a name has two, or the table is no text."
+    label_of = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for name, label in row_of(file):
+                if label_of.setdefault(name, label) != label:
+                    raise ValueError(f"{str(path)!r} gives {name!r} both {label_of[name]!r} and {label!r}; keep one of the rows")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{str(path)!r} is no table in UTF-8 ({error}); download it again, or save it as UTF-8") from None
+    return label_of
+
 # %% ../../nbs/data/01_formats.ipynb #index_tiny
 def index_tiny(table: Path, train: Index) -> tuple[Index, list[str]]:
     "Index of Tiny-ImageNet's validation pictures, side by side in images/, and what was looked at; ValueError where one has no label."
-    lines = (line.split("\t") for line in table.read_text(encoding="utf-8").splitlines())
-    label_of = {name: rest[0] for name, *rest in lines if rest}
+    label_of = read_labels(table, lambda lines: ((name, rest[0].strip()) for name, *rest in (line.split("\t") for line in lines) if rest))
     names, sizes, folders, unread = _list_class(str(table.parent / "images"))
     keys = [label_of.get(os.fsdecode(name)) for name in names]
     if None in keys:
@@ -261,6 +289,7 @@ def find_folders(data_dir: Path, top: Path | None = None) -> Found:
         raise ValueError(
             f"no training pictures in {str(data_dir)!r}, it holds {what_lies(data_dir)}; "
             "pictures are needed as train/CLASS/FILE and val/CLASS/FILE, as CLASS/FILE with a val_share, or with a table (CSV) of their labels beside them"
+            + next((taken_for_split(path) for path in splits.values() if has_pictures(path)), "")
             + (f"; {above[0]!r} lies one level up: pass {str(data_dir.parent)!r}" if above else "")
         )
     roots = {role: class_root(splits.get(role, data_dir)) for role in ("train", "val") if role in splits or not splits}
@@ -474,8 +503,9 @@ def find_kaggle(data_dir: Path) -> Found:
         val, folders = index_folder(flat, data_dir)
         return Found(train, val, watched + folders)
     try:
-        with open(solution, newline="", encoding="utf-8-sig") as file:
-            label_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        label_of = read_labels(
+            solution, lambda lines: ((row["ImageId"], row["PredictionString"].split()[0]) for row in csv.DictReader(lines))
+        )
     except (KeyError, AttributeError, IndexError):
         raise ValueError(
             f"{str(solution)!r} is not Kaggle's table: it needs the columns ImageId and PredictionString, both filled"
@@ -533,11 +563,14 @@ def read_devkit(path: Path) -> tuple[list[str], dict[str, str]]:
             members = {os.path.basename(member.name): member for member in kit if member.isreg()}
             table = loadmat(io.BytesIO(kit.extractfile(members["meta.mat"]).read()), squeeze_me=True)["synsets"]
             truth = kit.extractfile(members["ILSVRC2012_validation_ground_truth.txt"]).read().split()
-    except (tarfile.TarError, KeyError, EOFError) as error:
-        raise ValueError(f"{str(path)!r} is not ImageNet's development kit ({error}); needed is ILSVRC2012_devkit_t12.tar.gz") from None
-    leaves = [row for row in table if row["num_children"] == 0]
-    wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
-    return [wnid[int(number)] for number in truth], {str(row["WNID"]): str(row["words"]).split(",")[0] for row in leaves}
+        leaves = [row for row in table if row["num_children"] == 0]
+        wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+        return [wnid[int(number)] for number in truth], {str(row["WNID"]): str(row["words"]).split(",")[0] for row in leaves}
+    except Exception as error:  # damage leads to many kinds
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{str(path)!r} is not ImageNet's development kit ({said}); needed is ILSVRC2012_devkit_t12.tar.gz, whole"
+        ) from None
 
 # %% ../../nbs/data/01_formats.ipynb #find_tars
 def find_tars(data_dir: Path) -> Found:

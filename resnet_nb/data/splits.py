@@ -116,7 +116,13 @@ def spelling_problem(train: Index, val: Index) -> str:
 def list_data(data_dir: str | Path) -> Found:
     "List the data itself, whatever is kept, and keep its indexes where they can serve a run."
     data_dir, now = given_path(data_dir).resolve(), time.time()  # a link may lead elsewhere tomorrow, and what is kept would follow it
-    found = find_pictures(data_dir)
+    try:
+        found = find_pictures(data_dir)
+    except PermissionError as error:
+        path = os.fsdecode(error.filename or data_dir)
+        raise ValueError(
+            f"{path!r} can't be read: {error.strerror}; make it readable (chmod -R u+rX), or move it out of the data"
+        ) from None
     if found.train.classes == found.val.classes and not spelling_problem(found.train, found.val):
         keep_index(data_dir, {"train": found.train, "val": found.val}, found.watched, now)
     return found
