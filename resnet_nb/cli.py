@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -863,6 +864,17 @@ def reproduce(run, hw, name, y, as_json):
     again = launch.train(config, lambda line: click.echo(line, err=as_json))
     _report(compare_runs(run, again), as_json)
 
+# %% ../nbs/90_cli.ipynb #own_options
+@contextlib.contextmanager
+def _own_options() -> Iterator[None]:
+    "Within this block an error that advises overrides advises the options of these names instead: for commands that take no overrides."
+    as_options = lambda found: " ".join(f"--{name.replace('_', '-')} {value}" for name, value in re.findall(r"(\w+): ([^,}]+)", found[1]))
+    try:
+        yield
+    except ValueError as error:
+        error.args = (re.sub(r"overrides: (\{[^}]*\})", as_options, str(error)),)
+        raise
+
 # %% ../nbs/90_cli.ipynb #check-command
 @main.group()
 def check():
@@ -877,7 +889,8 @@ def check():
 @JSON
 def data(data_dir, page, val_share, group, as_json):
     "Decode every picture in DATA_DIR once, and report what is bad or odd. Exit code 1 where something should be mended."
-    drawn = [drawn_line(*index_data(data_dir, val_share, group), val_share)] if val_share else []  # before hours of decoding
+    with _own_options():  # before hours of decoding
+        drawn = [drawn_line(*index_data(data_dir, val_share, group), val_share)] if val_share else []
     report = inspect_data(data_dir)
     if as_json:
         click.echo(json.dumps(report | {"drawn": drawn}, indent=2))
@@ -961,4 +974,5 @@ def _compare_with_cpu(accelerator: str, say) -> tuple[bool, dict]:
 @click.option("--raw", is_flag=True, help="Keep pixels instead of JPEG: several times the room, and nothing to decode.")
 def make_pack(src, dst, size, quality, bad_pictures, val_share, group, raw):
     "Write the pictures of SRC into a few large files in DST, which can then be data_dir. The same command goes on where it stopped."
-    pack(src, dst, size, quality, bad_pictures, click.echo, val_share, group, raw)
+    with _own_options():
+        pack(src, dst, size, quality, bad_pictures, click.echo, val_share, group, raw)

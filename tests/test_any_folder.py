@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -318,6 +319,20 @@ def test_hashes_are_kept_until_a_file_changes(tmp_path, home, monkeypatch):
     assert len(read) == 2 * MANY
 
 
+def test_a_link_that_leads_elsewhere_now_changes_no_other_folder(tmp_path, home):
+    data = aged(tree(tmp_path / "one"))
+    other = shutil.copytree(data, tmp_path / "other")
+    write(other / "train/ant/0.png", png(200))
+    assert os.path.getsize(data / "train/ant/0.png") == os.path.getsize(aged(other) / "train/ant/0.png")
+    (tmp_path / "current").symlink_to("one")
+    index_data(tmp_path / "current")
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("other")
+    for place, first in ((data, png(0)), (tmp_path / "current", png(200)), (other, png(200))):
+        train, _ = index_data(place)
+        assert train.read(0) == first and train.where(0) == str(place.resolve() / "train/ant/0.png")
+
+
 def test_a_pack_keeps_what_was_drawn_and_takes_the_same_recipe(tmp_path, home, make_config):
     data = tree(tmp_path / "all", val="", count=MANY)
     code = CliRunner().invoke(main, ["pack", str(data), str(tmp_path / "pack"), "--size", "8", "--val-share", "0.2"])
@@ -327,6 +342,20 @@ def test_a_pack_keeps_what_was_drawn_and_takes_the_same_recipe(tmp_path, home, m
     assert [names(index) for index in index_data(tmp_path / "pack", 0.2)] == drawn
     assert "drawn with {'val_share': 0.2, 'group': ''}" in refusal(tmp_path / "pack", lambda data: index_data(data, 0.3))
     assert "draw them" in refusal(data, lambda data: pack(data, tmp_path / "another"))
+
+
+def test_commands_advise_their_own_options_and_runs_overrides(tmp_path, home, plain):
+    data, pack_ = tree(tmp_path / "all", val="", count=MANY), str(tmp_path / "pack")
+    said = lambda *line: " ".join(CliRunner().invoke(main, [*map(str, line)]).output.split())
+    assert "with --val-share 0.2 for instance" in said("pack", data, pack_) and "overrides: {val_share: 0.2}" in refusal(data, load_data)
+    write(plain / "train/ant/bad.png", b"bad")
+    inspect_data(plain)
+    assert "leave them out with --bad-pictures skip-listed" in said("pack", plain, pack_)
+    assert "leave them out with overrides: {bad_pictures: skip-listed}" in refusal(plain, load_data)
+    for command in (("pack", plain, pack_), ("check", "data", plain)):
+        assert "use that one, with --val-share 0 --group ''" in said(*command, "--val-share", 0.2)
+    advised = CliRunner().invoke(main, ["pack", str(data), pack_, "--val-share", "0.2", "--group", "", "--bad-pictures", "fail"])
+    assert advised.exit_code == 0, advised.output
 
 
 def test_a_run_on_drawn_pictures_says_so_and_leaves_out_bad_ones(tmp_path, home, make_config):
@@ -361,6 +390,13 @@ def test_names_of_classes_that_differ_in_spelling_alone_are_refused_with_the_dif
         assert sentence in inspect_data(data)["problems"]
     letters = tree(tmp_path / "letters", classes=("a", "A"))
     assert index_data(letters)[0].classes == ("A", "a") and index_data(plain)[0].classes == CLASSES
+    alone = tree(tmp_path / "drawn", val="", classes=("a", "A"), count=MANY)  # no validation set that could tell
+    assert (
+        "'A' (in train) and 'a' (in train); rename one, so that there is one name for a class; if they are two, as a and A are, sort"
+        in refusal(alone, lambda data: index_data(data, 0.2))
+    )
+    assert len(inspect_data(alone)["problems"]) == 1 and not inspect_data(letters)["problems"]
+    assert len(index_data(tree(tmp_path / "control", val="", classes=("a", "B"), count=MANY), 0.2)[1])
 
 
 def shards(home, places, label=None, kind=None, names=None):
@@ -410,6 +446,65 @@ def test_missing_shards_are_refused_by_number(tmp_path):
     assert "has 2 of 4 train shards; missing: 00001, 00003; download them" in refusal(data)
 
 
+def test_shards_of_two_copies_are_refused_and_older_names_have_a_hash(tmp_path):
+    usual = pictures_of(find_pictures(shards(tmp_path / "usual", PLACES)).train)
+    older = [f"data/train-{i:05d}-of-00002-{'abcdef0123456789'[i:]}.parquet" for i in range(2)]
+    data = shards(tmp_path / "older", [*older, "data/validation-00000-of-00001-b42a775f407cee45.parquet"])
+    assert pictures_of(find_pictures(data).train) == usual
+    (data / older[0]).unlink()
+    assert "has 1 of 2 train shards; missing: 00000; download them" in refusal(data)
+    one = "train-00000-of-00001.parquet"
+    for name, places in (
+        ("another number of shards", [one, *PLACES]),
+        ("another hash", [one.replace(".", "-aaaa."), one.replace(".", "-bbbb."), PLACES[2]]),
+        ("with a hash and without", [one, one.replace(".", "-aaaa."), PLACES[2]]),
+        ("with a number and without", ["train.parquet", *PLACES]),
+        ("in a folder", [f"default/train/{place}" for place in (one, *PLACES[:2])]),
+        ("of validation", [*PLACES, "validation.parquet"]),
+    ):
+        said = refusal(shards(tmp_path / name, places))
+        assert (
+            "are shards of two copies of the " + ("val" if "validation" in name else "train") in said and "would count twice; keep" in said
+        )
+
+
+def test_what_comes_before_the_number_of_a_shard_is_the_split(tmp_path):
+    for n, name in enumerate(
+        ("train.parquet", "train_0.parquet", "train-0.parquet", "train0.parquet", "train2017.parquet", "train_images-1.parquet")
+        + (
+            "train-part-3.parquet",
+            "train_shard_3.parquet",
+            "data/train_set-00000-of-00001.parquet",
+            "train/a.parquet",
+            "data/train/0.parquet",
+        )
+    ):
+        assert len(find_pictures(shards(tmp_path / f"{n}", [name])).train) == 6
+    data = shards(tmp_path / "all", ["train.parquet", "val.parquet"])
+    before = prints(data)
+    assert find_pictures(data).train.said == ""
+    shards(data, ["trainval.parquet", "train_val.parquet", "values.parquet", "test.parquet"])
+    assert prints(data) == before
+    assert find_pictures(data).train.said == (
+        "train: 6 pictures in 1 shards, validation: 6 pictures in 1 shards; "
+        "passed over: test.parquet, train_val.parquet, trainval.parquet and 1 more"
+    )
+    (data / "train.parquet").unlink()
+    assert "are needed, in train.parquet or train-00000-of-00001.parquet for instance" in refusal(data)
+
+
+def test_labels_that_are_words_here_and_nameless_numbers_there_are_refused(tmp_path):
+    data = shards(tmp_path / "words", ["train-0.parquet", "train-1.parquet"], "text")
+    assert find_pictures(data).train.classes == CLASSES
+    images = [{"bytes": png(i), "path": f"{i}.png"} for i in range(4)]
+    pq.write_table(numbers := pa.table({"image": images, "label": [0, 1, 0, 1]}), data / "train-1.parquet")
+    assert "has shards whose labels are words, and shards whose labels are numbers without names; write them again" in refusal(data)
+    pq.write_table(numbers.slice(0, 0), data / "train-1.parquet")
+    assert len(find_pictures(data).train) == 6  # no rows, no labels
+    shards(data, ["train-1.parquet"])
+    assert find_pictures(data).train.classes == CLASSES and len(find_pictures(data).train) == 12  # numbers with names
+
+
 def test_hugging_faces_other_layouts_are_read_or_refused_with_what_to_do(plain, tmp_path):
     usual = find_pictures(shards(tmp_path / "usual", PLACES))
     places = ["default/train/0000.parquet", "default/train/0001.parquet", "default/validation/0000.parquet"]
@@ -427,6 +522,40 @@ def test_hugging_faces_other_layouts_are_read_or_refused_with_what_to_do(plain, 
     assert "has parquet files, but none called train*.parquet" in refusal(tmp_path / "alone")
 
 
+def test_a_class_that_is_called_as_a_split_is_refused_with_what_to_do_which_does_it(tmp_path):
+    for name in ("train", "val", "test"):
+        data = tree(tmp_path / name, train=".", val="", classes=("bus", "car", name))
+        sentence = f"a folder called {name!r} is taken for a split: if it is a class, as 'bus' is, move all class folders into 'train'"
+        assert sentence in refusal(data)
+        (data / "within").mkdir()
+        for key in ("bus", "car", name):
+            (data / key).rename(data / "within" / key)
+        (data / "within").rename(data / "train")
+        assert find_pictures(data).train.classes == tuple(sorted(("bus", "car", name)))
+    write(tmp_path / "flat" / "train" / "0.png", png())
+    assert "taken for a split" not in refusal(tmp_path / "flat")  # the control: no classes beside it
+
+
+def test_folders_and_files_that_can_not_be_read_are_named_with_what_to_do(plain, home, monkeypatch):
+    index_data(plain)
+
+    def refuse(what, closed):
+        def listing(path="."):
+            if os.fsdecode(path).rstrip("/") == str(closed):
+                raise PermissionError(13, "Permission denied", path)
+            return whole(path)
+
+        whole = getattr(os, what)
+        monkeypatch.setattr(os, what, listing)
+        said = refusal(aged(plain), splits.list_data)
+        monkeypatch.undo()
+        return said
+
+    for what, closed in (("scandir", plain / "train/ant"), ("listdir", plain / "train"), ("scandir", plain)):
+        assert f"{str(closed)!r} can't be read: Permission denied; make it readable (chmod -R u+rX), or move it out" in refuse(what, closed)
+    assert len(index_data(plain)[0]) == 6  # the control
+
+
 def test_tiny_imagenet_and_kaggle_are_found_from_a_level_above_or_below(plain, tmp_path):
     data, lines = tmp_path / "downloads" / "tiny-imagenet-200", []
     for label, key in enumerate(("n01443537", "n01629819")):
@@ -442,6 +571,12 @@ def test_tiny_imagenet_and_kaggle_are_found_from_a_level_above_or_below(plain, t
         assert pictures_of(found.val) == [("n01443537", png(200)), ("n01629819", png(201))]
     write(data / "val/val_annotations.txt", lines[0])
     assert "val_annotations.txt' has no line for 'val_1.JPEG'; it needs one for every picture" in refusal(data)
+    write(data / "val/val_annotations.txt", "".join(lines) + lines[0])  # a row twice is one row
+    assert len(find_pictures(data).val) == 2
+    write(data / "val/val_annotations.txt", "".join(lines) + lines[0].replace("n01443537", "n01629819"))
+    assert "val_annotations.txt' gives 'val_0.JPEG' both 'n01443537' and 'n01629819'; keep one of the rows" in refusal(data)
+    write(data / "val/val_annotations.txt", "".join(lines).encode() + b"\xe9\tn01443537\n")
+    assert "val_annotations.txt' is no table in UTF-8" in refusal(data)
 
     kaggle = tmp_path / "imagenet-object-localization-challenge"
     tree(kaggle / "ILSVRC/Data/CLS-LOC", val="")

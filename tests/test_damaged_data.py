@@ -18,8 +18,8 @@ from resnet_nb.config import Parameters
 from resnet_nb.data.formats import DEVKIT, TRAIN_TAR, VAL_TAR, damaged_parts, find_pictures
 from resnet_nb.data.index import cache_dir, fingerprint
 from resnet_nb.data.inspect import inspect_data, inspect_split
-from resnet_nb.data.pack import pack
-from resnet_nb.data.splits import list_data, read_inspection
+from resnet_nb.data.pack import pack, pack_problem
+from resnet_nb.data.splits import index_data, list_data, read_inspection
 from resnet_nb.data.transforms import MAX_PIXELS, TooLarge, decode, read_size
 from resnet_nb.files import read_json, write_json
 from resnet_nb.run.forecast import before_lines
@@ -139,6 +139,16 @@ def pack_says(**other):
     return lambda data: write_json(data / "pack.json", read_json(data / "pack.json") | other)
 
 
+def exchanged_part(data):
+    "The training part becomes that of a pack of fewer pictures, whose labels are exchanged."
+    other = data.with_name("other")
+    for split, pictures in (("train", TRAIN[1:]), ("val", VAL)):
+        for key, name, picture in pictures:
+            write(other / split / next(word for word in WORDS if word != key) / name, picture)
+    part = pack(other, data.with_name("other pack"), short_side=0) / "train-00000.arrow"
+    write(data / part.name, part.read_bytes())
+
+
 IMAGES = [{"bytes": data, "path": name} for _, name, data in TRAIN]
 # claim: form, what is done to it, the sentence
 REFUSED = {
@@ -170,6 +180,21 @@ REFUSED = {
         "kaggle", table("ImageId,PredictionString\nx,\n"), "is not Kaggle's table: it needs the columns ImageId and PredictionString, both filled"),
     "Kaggle's table without a line for a picture": (
         "kaggle", table("\ufeffImageId,PredictionString\n"), "LOC_val_solution.csv has no line for 'ILSVRC2012_val_0000000"),
+    "Kaggle's table with two labels for a picture": (
+        "kaggle", lambda data: edit(data / "LOC_val_solution.csv", lambda text: text + b"ILSVRC2012_val_00000000,n01443537 1 2 3 4\n"),
+        "LOC_val_solution.csv' gives 'ILSVRC2012_val_00000000' both 'n01440764' and 'n01443537'; keep one of the rows"),
+    "Kaggle's table that is not UTF-8": (
+        "kaggle", lambda data: edit(data / "LOC_val_solution.csv", lambda text: text + b"\xe9\xe8,n01443537 1\n"),
+        "LOC_val_solution.csv' is no table in UTF-8 ("),
+    "a development kit with a damaged table": (
+        "tars", lambda data: write(data / DEVKIT, tar_of([("meta.mat", bytes(range(200))), ("ILSVRC2012_validation_ground_truth.txt", b"1")], "w:gz")),
+        f"{DEVKIT}' is not ImageNet's development kit (Mat 4 mopt wrong format"),
+    "a development kit whose bytes are damaged": (
+        "tars", lambda data: edit(data / DEVKIT, lambda kit: over(kit, len(kit) // 2, b"?!?!")), f"{DEVKIT}' is not ImageNet's development kit ("),
+    "a development kit that is cut short": (
+        "tars", lambda data: edit(data / DEVKIT, lambda kit: kit[: len(kit) // 2]), f"{DEVKIT}' is not ImageNet's development kit ("),
+    "an empty development kit": (
+        "tars", lambda data: write(data / DEVKIT, ""), f"{DEVKIT}' is not ImageNet's development kit ("),
     "a parquet label that is null": (
         "parquet", shard(image=IMAGES, label=[None, 0, 0, 0, 1, None]), "has 2 rows without a label (null or -1)"),
     "a parquet label that is -1": (
@@ -194,6 +219,19 @@ REFUSED = {
         "pack", lambda data: (data / "val-00000.arrow").unlink(), "val-00000.arrow'; run the same resnet-nb pack command again"),
     "a part of a pack that is cut short": (
         "pack", lambda data: edit(data / "val-00000.arrow", lambda part: part[:-9]), "val-00000.arrow' is no whole part of a pack"),
+    "a part of a pack that is empty": (
+        "pack", lambda data: write(data / "val-00000.arrow", ""), "val-00000.arrow' is no whole part of a pack: it has 0 bytes, written were"),
+    "a part of another pack, with other labels": (
+        "pack", exchanged_part, "train-00000.arrow' is no whole part of a pack: it has"),
+    "a pack of fewer pictures than were packed": (
+        "pack", pack_says(source={split: {"pictures": 7} for split in ("train", "val")}),
+        "holds 6 train pictures, packed were 7; run the same resnet-nb pack command again, into the same folder"),
+    "a pack.json that is cut short": (
+        "pack", lambda data: edit(data / "pack.json", lambda about: about[:99]),
+        "; to pack again, remove it and the *.arrow files beside it, or choose another folder"),
+    "an empty pack.json": (
+        "pack", lambda data: write(data / "pack.json", ""),
+        "; to pack again, remove it and the *.arrow files beside it, or choose another folder"),
     "another file called pack.json": (
         "pack", lambda data: write(data / "pack.json", "{}"), "pack.json' is not that of a pack; choose another folder"),
 }  # fmt: skip
@@ -269,7 +307,9 @@ def test_an_inspection_finds_pictures_that_were_replaced_in_place(make):
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda part: over(part, 700, b"!"), lambda part: part[:-9], None], ids=["other bytes", "cut short", "lost"]
+    "damage",
+    [lambda part: over(part, 700, b"!"), lambda part: part[:-9], lambda part: b"", None],
+    ids=["other bytes", "cut short", "empty", "lost"],
 )
 def test_a_damaged_part_of_a_pack_is_found_and_made_again(make, damage):
     data, lines = make("pack"), []
@@ -281,6 +321,46 @@ def test_a_damaged_part_of_a_pack_is_found_and_made_again(make, damage):
     pack(data.with_name("packed"), data, short_side=0, show=lines.append)
     assert part.read_bytes() == before and read_json(data / "pack.json") == about
     assert [line.split(":")[0] for line in lines[:-1]] == [part.name]
+
+
+@pytest.mark.parametrize("text", ["", '{"version": 2, "fini'], ids=["empty", "cut short"])
+def test_a_damaged_pack_json_is_refused_with_what_to_do_which_does_it(make, text):
+    data = make("pack")
+    write(data / "pack.json", text)
+    with pytest.raises(ValueError, match="pack.json' is damaged.*; to pack again, remove it and the ..arrow files beside it, or choose"):
+        pack(data.with_name("packed"), data, short_side=0)
+    for path in (data / "pack.json", *data.glob("*.arrow")):
+        path.unlink()
+    assert len(find_pictures(pack(data.with_name("packed"), data, short_side=0)).train) == len(TRAIN)
+
+
+def test_a_pack_one_level_down_is_checked_as_the_pack_that_it_is(make, tmp_path):
+    data = make("pack")
+    for place in (data, tmp_path / "wrap"):
+        if place != data:
+            place.mkdir()
+            data.rename(place / "p")
+            data = place / "p"
+        train, val = index_data(place, 0)
+        assert pack_problem(train, 64) == "" and inspect_data(place)["damaged"] == []
+        about, part = read_json(data / "pack.json"), (data / "train-00000.arrow").read_bytes()
+        write_json(data / "pack.json", about | {"short_side": 32, "drawn": {"val_share": 0.2, "group": ""}})
+        assert "with a short side of 32 px, and the recipe's images grow to 64 px" in pack_problem(index_data(place)[0], 64)
+        assert len(index_data(place, 0.2)[1]) == len(val)  # the share that was drawn may be asked for again
+        with pytest.raises(ValueError, match="drawn with .*'val_share': 0.2"):
+            index_data(place, 0.3)
+        write_json(data / "pack.json", about)
+        write(data / "train-00000.arrow", over(part, 700, b"!"))
+        assert inspect_data(place)["damaged"] == ["train-00000.arrow"]
+        write(data / "train-00000.arrow", part)
+
+
+def test_what_a_system_leaves_in_a_folder_does_not_fill_it_and_a_picture_does(make, tmp_path):
+    write(tmp_path / "new" / ".DS_Store", "")
+    assert len(find_pictures(pack(make("folders"), tmp_path / "new")).train) == len(TRAIN)
+    write(tmp_path / "full" / "a.png", "")
+    with pytest.raises(ValueError, match="is not empty and holds no pack"):
+        pack(tmp_path / "folders", tmp_path / "full")
 
 
 def test_a_bad_picture_stops_a_pack_that_keeps_no_half_part(make, tmp_path):

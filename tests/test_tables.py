@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from test_any_folder import png, refusal, tree, write
+from test_any_folder import names, png, refusal, tree, write
 
 from resnet_nb.cli import main
 from resnet_nb.data.formats import find_pictures
@@ -112,6 +112,23 @@ def test_without_a_validation_set_one_is_drawn_as_from_class_folders_and_kept_by
     ]
     result = CliRunner().invoke(main, ["check", "data", str(data), "--no-page", "--val-share", "0.4"])
     assert result.exit_code == 0 and f"val_share 0.4: {len(drawn[0])} training and {len(drawn[1])} validation pictures" in result.output
+
+
+def test_pictures_of_a_patient_stay_together_whatever_their_labels(tmp_path, home):
+    data, rows = tmp_path / "clinic", []
+    for patient in range(30):
+        for k in range(4):
+            write(data / f"images/p{patient:02d}/{k}.png", png(4 * patient + k))
+            rows.append(f"images/p{patient:02d}/{k}.png,{CLASSES[k % 2]}\n")
+    write(data / "labels.csv", "file,label\n" + "".join(rows))
+    patients = lambda index: {index.name(i).split(b"/")[1] for i in range(len(index))}
+    for group in ("folder", r"^images/(p\d+)/"):
+        train, val = drawn = index_data(data, 0.3, group)
+        assert len(val) and len(val) == 4 * len(patients(val)) and not patients(train) & patients(val)
+        packed = pack(data, tmp_path / f"packed by {len(group)}", 0, val_share=0.3, group=group)
+        assert [names(index) for index in index_data(packed, 0.3, group)] == [names(index) for index in drawn]
+    train, val = index_data(data, 0.3)
+    assert patients(train) & patients(val)  # the control: by bytes alone
 
 
 def test_a_table_that_changed_is_read_again(tmp_path, home):

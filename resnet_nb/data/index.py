@@ -249,7 +249,7 @@ def _parquet_footer(path: str) -> bytes:
         return file.read(length)
 
 # %% ../../nbs/data/00_index.ipynb #cache_dir
-VERSION = 3  # of what is kept; an index of another version is built anew
+VERSION = 4  # of what is kept; an index of another version is built anew
 
 
 def cache_dir(data_dir: str | Path) -> Path:

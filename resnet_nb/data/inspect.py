@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import given_path, one_sentence
-from .formats import damaged_parts, is_imagenet
+from .formats import about_pack, damaged_parts, is_imagenet
 from .index import Index, cache_dir, fingerprint, in_parallel
 from resnet_nb.data.splits import (
     BAD, find_data_dir, inspected_indexes, list_data, one_class_problem, prepare_data, read_inspection, spelling_problem, unread_problem,
@@ -228,7 +228,7 @@ def inspect_data(data_dir: str | Path) -> dict:
     inspected = {split: inspect_split(index, split) for split, index in indexes.items()}
     splits = {split: facts for split, (facts, _) in inspected.items()}
     hashes = {split: sums for split, (_, sums) in inspected.items()}
-    same, is_pack = duplicates(indexes, hashes), (data_dir / "pack.json").exists()
+    same, is_pack = duplicates(indexes, hashes), bool(about_pack(found.train))
     classes = {split: set(index.classes) for split, index in indexes.items()}
     report = {
         "data_dir": str(data_dir),
@@ -242,7 +242,7 @@ def inspect_data(data_dir: str | Path) -> dict:
             "between train and val": [group for group in same if len({name.split("/")[0] for name in group}) > 1],
         },
         "strays": list(dict.fromkeys(stray for index in indexes.values() for stray in strays(index, data_dir))),
-        "damaged": damaged_parts(data_dir) if is_pack else [],
+        "damaged": damaged_parts(found.train.root) if is_pack else [],
         "said": found.train.said,
         "unfit": [
             *filter(
@@ -250,7 +250,7 @@ def inspect_data(data_dir: str | Path) -> dict:
                 [
                     *(unread_problem(index, split) for split, index in indexes.items()),
                     one_class_problem(found.train),
-                    spelling_problem(*classes.values()),
+                    spelling_problem(found.train, found.val),
                 ],
             )
         ],

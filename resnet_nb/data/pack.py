@@ -21,11 +21,12 @@ import PIL
 from PIL import Image
 
 from ..bars import progress
-from .formats import PACK_VERSION, damaged_parts, list_pack
+from ..config import given_path
+from .formats import PACK_VERSION, about_pack, damaged_parts, list_pack, read_pack
 from .index import BadPicture, Index, fingerprint, in_parallel
 from .splits import BAD, load_data
 from .transforms import MAX_PIXELS, ORIENTATION, TooLarge, decode, decode_large, read_orientation, read_size, write_raw
-from ..files import read_json, write_json
+from ..files import write_json
 
 # %% ../../nbs/data/05_pack.ipynb #shrink
 def shrink(data: bytes, short_side: int, quality: int, raw: bool = False) -> bytes:
@@ -123,7 +124,7 @@ def _begin(dst: Path, plan: dict) -> dict:
     "What pack.json says, or will say at first, without the parts that are damaged; ValueError where `dst` holds something else."
     path = dst / "pack.json"
     if path.exists():
-        about = read_json(path, parts=dict)
+        about = read_pack(dst)
         if differs := [key for key in (*plan, "drawn", "raw") if about.get(key) != plan.get(key)]:
             raise ValueError(
                 f"{str(dst)!r} holds a pack with another {differs[0]}: {str(about.get(differs[0]))[:80]}; choose another folder, or remove it"
@@ -131,7 +132,8 @@ def _begin(dst: Path, plan: dict) -> dict:
         for name in damaged_parts(dst):
             del about["parts"][name]
         return about
-    if any(not path.name.endswith(".tmp") for path in dst.iterdir()):
+    left = (".tmp", ".DS_Store", "Thumbs.db", "desktop.ini")  # by a process that was killed, or by a system that shows folders
+    if any(not path.name.endswith(left) for path in dst.iterdir()):
         raise ValueError(f"{str(dst)!r} is not empty and holds no pack; choose another folder")
     return plan | {"made_with": {"pillow": PIL.__version__}, "parts": {}, "finished": False}
 
@@ -215,9 +217,17 @@ def pack(
     raw: bool = False,  # keep pixels instead of JPEG
 ) -> Path:
     "Make a pack, or finish one, and return its folder; ValueError where a picture is bad, or the folder holds something else."
-    dst, drawn = Path(dst), {"val_share": val_share, "group": group} if val_share else {}
+    dst, drawn = given_path(dst), {"val_share": val_share, "group": group} if val_share else {}
+    here, there = given_path(src).resolve(), dst.resolve()
+    if here != there and (here.is_relative_to(there) or there.is_relative_to(here)):
+        inner, outer = (there, here) if there.is_relative_to(here) else (here, there)
+        raise ValueError(f"{str(inner)!r} lies inside {str(outer)!r}, and data and their pack must not; choose another folder for the pack")
     kinds = [kind for kind in BAD if not short_side or kind != "too large"]
     train, val, _ = load_data(src, bad_pictures, val_share, group, kinds)
+    held = about_pack(train).get("short_side", 0)
+    if held and not 0 < short_side <= held:
+        show(f"{str(src)!r} is a pack of pictures with a short side of {held} px, and so is {str(dst)!r}")
+        short_side = held
     dst.mkdir(parents=True, exist_ok=True)
     lock = _lock(dst)
     try:
@@ -228,12 +238,12 @@ def pack(
         os.close(lock)
 
 # %% ../../nbs/data/05_pack.ipynb #pack_problem
-def pack_problem(data_dir: str | Path, largest: int) -> str:
-    "A sentence where `data_dir` is a pack of pictures smaller than `largest`, px; empty where it is none, or holds enough."
-    short_side = read_json(Path(data_dir) / "pack.json").get("short_side", 0)
+def pack_problem(index: Index, largest: int) -> str:
+    "A sentence where the pictures of `index` are in a pack, and smaller than `largest`, px; empty where they are in none, or large enough."
+    short_side = about_pack(index).get("short_side", 0)
     if not 0 < short_side < largest:
         return ""
     return (
-        f"the pack {str(data_dir)!r} holds pictures with a short side of {short_side} px, and the recipe's images grow to {largest} px; "
+        f"the pack {index.root!r} holds pictures with a short side of {short_side} px, and the recipe's images grow to {largest} px; "
         f"pack again with --size {largest}, or end with smaller ones, with overrides: {{image_sizes: [{short_side}]}}"
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config import given_path, project_root
-from .formats import Found, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
+from .formats import Found, about_pack, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
 from .index import Index, arrays_sha256, cache_dir, fingerprint, in_parallel, keep_index, kept_index
 from ..files import DamagedFile, read_json
 from ..seed import DIGITS, permutation, seed_key
@@ -85,15 +85,16 @@ def prepare_data(dataset: str, data_dir: str | Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../../nbs/data/02_splits.ipynb #spelling_problem
-def spelling_problem(train: Iterable[str], val: Iterable[str]) -> str:
+def spelling_problem(train: Index, val: Index) -> str:
     """A sentence where two class names are one but for Unicode form, case or spaces around them; empty where none are.
 
-    Names that differ by case alone, and are in both splits, are two classes: a and A of handwriting."""
-    by_name, both = {}, set(train) & set(val)
-    for name in sorted({*train, *val}):
+    Names that differ by case alone, and have pictures in both splits, are two classes: a and A of handwriting."""
+    in_split = {split: {index.classes[label] for label in np.unique(index.labels)} for split, index in (("train", train), ("val", val))}
+    by_name, both = {}, in_split["train"] & in_split["val"]
+    for name in sorted(in_split["train"] | in_split["val"]):
         by_name.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), []).append(name)
     for one, other in (pair for names in by_name.values() for pair in zip(names, names[1:])):
-        composed = [unicodedata.normalize("NFC", name) for name in (one, other)]
+        more, composed = "", [unicodedata.normalize("NFC", name) for name in (one, other)]
         if composed[0] == composed[1]:
             difference = "in Unicode form alone (composed and decomposed accents)"
         elif composed[0].strip() == composed[1].strip():
@@ -102,19 +103,27 @@ def spelling_problem(train: Iterable[str], val: Iterable[str]) -> str:
             continue
         else:
             difference = "by upper and lower case alone"
+            more = (
+                "; if they are two, as a and A are, sort pictures of both into train/ and val/, or let their names differ by more than case"
+            )
         where = " and ".join(
-            f"{name!a} (in {' and '.join(split for split, names in (('train', train), ('val', val)) if name in names)})"
-            for name in (one, other)
+            f"{name!a} (in {' and '.join(split for split, names in in_split.items() if name in names)})" for name in (one, other)
         )
-        return f"two names of classes differ {difference}: {where}; rename one, so that there is one name for a class"
+        return f"two names of classes differ {difference}: {where}; rename one, so that there is one name for a class{more}"
     return ""
 
 # %% ../../nbs/data/02_splits.ipynb #whole_data
 def list_data(data_dir: str | Path) -> Found:
     "List the data itself, whatever is kept, and keep its indexes where they can serve a run."
-    data_dir, now = given_path(data_dir).absolute(), time.time()
-    found = find_pictures(data_dir)
-    if found.train.classes == found.val.classes and not spelling_problem(found.train.classes, found.val.classes):
+    data_dir, now = given_path(data_dir).resolve(), time.time()  # a link may lead elsewhere tomorrow, and what is kept would follow it
+    try:
+        found = find_pictures(data_dir)
+    except PermissionError as error:
+        path = os.fsdecode(error.filename or data_dir)
+        raise ValueError(
+            f"{path!r} can't be read: {error.strerror}; make it readable (chmod -R u+rX), or move it out of the data"
+        ) from None
+    if found.train.classes == found.val.classes and not spelling_problem(found.train, found.val):
         keep_index(data_dir, {"train": found.train, "val": found.val}, found.watched, now)
     return found
 
@@ -126,7 +135,7 @@ def whole_data(data_dir: str | Path) -> tuple[Index, Index]:
     kept = kept_index(data_dir)
     if not kept:
         train, val, _ = list_data(data_dir)
-        if problem := spelling_problem(train.classes, val.classes):
+        if problem := spelling_problem(train, val):
             raise ValueError(problem)
         if extra := sorted(set(val.classes) - set(train.classes)):
             raise ValueError(f"val has {len(extra)} classes that train has not, {extra[0]!r} for one; both need the same classes")
@@ -184,8 +193,11 @@ def content_keys(data_dir: str | Path, index: Index) -> np.ndarray:  # (N,) uint
 
 # %% ../../nbs/data/02_splits.ipynb #group_keys
 def group_keys(index: Index, group: str) -> np.ndarray:  # (N,) uint64
-    "A number for each picture that depends on its group alone; ValueError where the expression finds nothing in a path."
-    paths, keys = [index.relative_path(i) for i in range(len(index))], []
+    """A number for each picture that depends on its group alone: a path as it lies, without the label that a table gives.
+
+    ValueError where the expression finds nothing in a path."""
+    path_of, keys = index.name if index.layout == "flat" else index.relative_path, []
+    paths = [path_of(i) for i in range(len(index))]
     for path in paths:
         match = None if group == "folder" else re.search(group, os.fsdecode(path))
         if group != "folder" and (not match or match[1] is None):
@@ -223,7 +235,7 @@ def has_val(data_dir: str | Path, train: Index, val: Index, val_share: float = 0
             "with overrides: {val_share: 0.2} for instance, or add val/CLASS/FILE"
         )
     if len(val) and val_share:
-        drawn = read_json(Path(data_dir) / "pack.json").get("drawn")
+        drawn = about_pack(train).get("drawn")
         if drawn != {"val_share": val_share, "group": group}:
             how = f", drawn with {drawn}" if drawn else ""
             raise ValueError(

@@ -204,7 +204,7 @@ def validate(config: RunConfig, again: bool = False) -> tuple[Index, Index]:
     r = config.recipe
     train, val, _ = load_data(config.data_dir, r.bad_pictures, r.val_share, r.group)
     insist(check_limits(config, len(train.containers)))
-    if problem := one_class_problem(train) or pack_problem(config.data_dir, max(*r.image_sizes, r.test_size or 0)):
+    if problem := one_class_problem(train) or pack_problem(train, max(*r.image_sizes, r.test_size or 0)):
         raise ValueError(problem)
     if not has_trained(run_path(config.name)):
         validate_weights(r, len(train.classes), again=again)
