@@ -127,12 +127,14 @@ def find_checkpoint(run_dir: Path, say: Callable[[str], None] = print) -> Path |
     return None
 
 # %% ../../nbs/run/01_checkpoints.ipynb #rotate
-def rotate(run_dir: Path, best_step: int | None, newest: int = 2) -> None:
-    "Name the best checkpoint in BEST, and remove all but that of `best_step` and the `newest` ones."
+def rotate(run_dir: Path, best_step: int | None, step: int, newest: int = 2) -> None:
+    "Name the best checkpoint in BEST, and remove all but that of `best_step` and, of those up to the `step` just saved, the `newest` ones."
     if best_step is not None:  # first, so that it never names one that is gone
         write_file(run_dir / "checkpoints" / "BEST", checkpoint_path(run_dir, best_step).name + "\n")
-    for checkpoint in checkpoints(run_dir)[newest:]:
-        if best_step is None or checkpoint != checkpoint_path(run_dir, best_step):
+    found = checkpoints(run_dir)
+    kept = [checkpoint for checkpoint in found if int(checkpoint.name.removeprefix("step-")) <= step][:newest]
+    for checkpoint in found:
+        if checkpoint not in kept and (best_step is None or checkpoint != checkpoint_path(run_dir, best_step)):
             shutil.rmtree(checkpoint)
 
 # %% ../../nbs/run/01_checkpoints.ipynb #best_checkpoint
