@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE', 'checkpoint_path', 'partial_path', 'drop_partial', 'write_state', 'commit_checkpoint', 'reveal_checkpoint',
-           'damage', 'checkpoints', 'find_checkpoint', 'rotate', 'named_checkpoint', 'best_checkpoint', 'find_run',
-           'weights_source']
+           'damage', 'find_checkpoint', 'rotate', 'named_checkpoint', 'best_checkpoint', 'find_run', 'weights_source']
 
 # %% ../../nbs/run/01_checkpoints.ipynb #imports
 import hashlib
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from ..config import given_path
 from ..files import DamagedFile, free_bytes, no_room, read_json, told_if_full, write_file, write_json
-from .folder import run_path, utc_now
+from .folder import checkpoints, run_path, utc_now
 
 # %% ../../nbs/run/01_checkpoints.ipynb #save_checkpoint
 STATE = "state.ckpt"
@@ -106,11 +105,6 @@ def damage(checkpoint: Path) -> str:
         if _sha256(path) != sha256:
             return f"the sha256 of {name} is not that of the manifest"
     return ""
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    "All checkpoints of a run, the newest first."
-    return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
 
 
 def find_checkpoint(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
