@@ -1,5 +1,6 @@
 """The same bits: for any number of processes and data workers, and after any kill."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 from resnet_nb import cli
 from resnet_nb.files import read_json, write_json
 from resnet_nb.run import launch
-from resnet_nb.run.checkpoints import checkpoints
+from resnet_nb.run.checkpoints import STATE, checkpoint_path, checkpoints
 from resnet_nb.run.folder import create_run, lock_run, read_rows
 
 SHORT = {"epochs": 2, "image_sizes": [16, 24], "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "ema_decay": 0.9}
@@ -117,6 +118,19 @@ def stopped_at_once(config):
     return run_dir
 
 
+def test_what_a_run_saves_stays_though_checkpoints_of_later_steps_are_damaged(make_config, reference):
+    config = make_config("another-way", numerics="exact", devices=1, **SHORT)
+    run_dir = stopped_at_once(config)
+    for step in (6, 7):
+        shutil.copytree(checkpoint_path(run_dir, 1), checkpoint_path(run_dir, step))
+        (checkpoint_path(run_dir, step) / STATE).write_bytes(b"damaged")
+    stopped_at_once(config)
+    assert [path.name for path in checkpoints(run_dir)] == ["step-00000002", "step-00000001"]
+    launch.train(config)
+    assert [row["step"] for row in read_rows(run_dir, "note") if row["note"] == "start"][-1] == 2
+    assert tensors(run_dir) == tensors(reference)
+
+
 def test_an_exact_run_is_not_resumed_in_another_numerics_class(make_config, reference):
     def config(**more):
         return make_config("other-class", numerics="exact", devices=1, **(SHORT | more))
@@ -181,7 +195,7 @@ if at == "optimizer step":
 if at == "checkpoint write":
     dying(stopping, "commit_checkpoint", lambda run_dir, step, about: step == 8)
 if at == "after its rename":
-    dying(stopping, "rotate", lambda run_dir, best_step: (run_dir / "checkpoints/step-00000008").exists())
+    dying(stopping, "rotate", lambda run_dir, *steps: (run_dir / "checkpoints/step-00000008").exists())
 sys.exit(worker.main(sys.argv[1]))
 """
 PLACES = {"data wait": 1, "forward": 2, "gradient sum": 2, "optimizer step": 1, "checkpoint write": 2, "after its rename": 1}

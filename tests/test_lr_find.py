@@ -38,6 +38,14 @@ def test_a_suggested_rate_trains_and_one_from_the_end_does_not(found, make_confi
     assert not last_loss("wild", float(found.rates[-1])) < start  # the control
 
 
+def test_variables_left_in_a_shell_do_not_steer_it(make_config, monkeypatch):
+    for name, value in {"FAST_DEV_RUN": "1", "LIMIT_TRAIN_BATCHES": "2"}.items():  # one step, or half of one
+        monkeypatch.setenv(f"PL_TRAINER_{name}", value)
+    before, config = os.environ.copy(), make_config("never", "local")
+    assert len(range_test(config, validate(config)[0], highest=1e-4, steps=10).losses) == 10
+    assert os.environ == before
+
+
 def test_no_run_is_made_and_nothing_of_one_is_touched(one, data, home):
     before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
     said = subprocess.check_output([*TEST, "-p", "data_dir", data, *ON_CPU, "--steps", "20", "--json"], text=True)

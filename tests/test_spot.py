@@ -174,7 +174,7 @@ def made_up(run_dir, step):
     append_rows(run_dir, [{"event": "step", "step": step, "epoch": 0, "attempt": 1}])
     write_state(partial_path(run_dir, step) / STATE, memoryview(bytes(5000) + bytes([step])))
     commit_checkpoint(run_dir, step, {"epoch": 0})
-    rotate(run_dir, None)
+    rotate(run_dir, None, step)
 
 
 @pytest.fixture

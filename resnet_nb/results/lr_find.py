@@ -6,9 +6,12 @@
 __all__ = ['KEPT', 'STEPS', 'smoothed', 'Suggestion', 'finite', 'suggest', 'RisingRate', 'RangeTest', 'range_test', 'plot_range']
 
 # %% ../../nbs/results/08_lr_find.ipynb #imports
+import contextlib
 import math
+import os
 import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import lightning as L
@@ -24,6 +27,7 @@ from ..learn.module import ResNetModule
 from .plots import LOGGED, VAL, panels
 from .processes import threads
 from ..run.checkpoints import weights_source
+from ..run.launch import stray_variables, variables
 from ..run.worker import quiet
 from ..schedule import is_frozen, size_plan
 
@@ -130,6 +134,15 @@ class RangeTest:
         ]
 
 # %% ../../nbs/results/08_lr_find.ipynb #fit
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    "For a while, what a shell has left in the environment steers no trainer, as it steers no run."
+    with variables():
+        for name in stray_variables(os.environ):
+            del os.environ[name]
+        yield
+
+
 def _trainer(config: RunConfig, steps: int) -> L.Trainer:
     "A trainer that computes as a run's does, in one process, and writes nothing."
     return L.Trainer(
@@ -189,7 +202,7 @@ def range_test(
     module = RisingRate(config, len(train.classes), datamodule.train_sampler().steps_per_epoch, counts, rates)
     if r.weights:
         module.start_from(weights_source(r.weights), train.titles)
-    with threads(config.hardware.num_threads or 0), warnings.catch_warnings():
+    with _undisturbed(), threads(config.hardware.num_threads or 0), warnings.catch_warnings():
         quiet()
         ended = _fit(_trainer(config, steps), module, datamodule)
     losses = np.array(module.losses)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATE', 'checkpoint_path', 'partial_path', 'drop_partial', 'write_state', 'commit_checkpoint', 'reveal_checkpoint',
-           'damage', 'checkpoints', 'find_checkpoint', 'rotate', 'named_checkpoint', 'best_checkpoint', 'find_run',
-           'weights_source']
+           'damage', 'find_checkpoint', 'rotate', 'named_checkpoint', 'best_checkpoint', 'find_run', 'weights_source']
 
 # %% ../../nbs/run/01_checkpoints.ipynb #imports
 import hashlib
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from ..config import given_path
 from ..files import DamagedFile, free_bytes, no_room, read_json, told_if_full, write_file, write_json
-from .folder import run_path, utc_now
+from .folder import checkpoints, run_path, utc_now
 
 # %% ../../nbs/run/01_checkpoints.ipynb #save_checkpoint
 STATE = "state.ckpt"
@@ -108,11 +107,6 @@ def damage(checkpoint: Path) -> str:
     return ""
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    "All checkpoints of a run, the newest first."
-    return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-
-
 def find_checkpoint(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
     "The newest checkpoint that is whole; `say` is told which were passed over. DamagedFile where none is."
     found = checkpoints(run_dir)
@@ -127,12 +121,14 @@ def find_checkpoint(run_dir: Path, say: Callable[[str], None] = print) -> Path |
     return None
 
 # %% ../../nbs/run/01_checkpoints.ipynb #rotate
-def rotate(run_dir: Path, best_step: int | None, newest: int = 2) -> None:
-    "Name the best checkpoint in BEST, and remove all but that of `best_step` and the `newest` ones."
+def rotate(run_dir: Path, best_step: int | None, step: int, newest: int = 2) -> None:
+    "Name the best checkpoint in BEST, and remove all but that of `best_step` and, of those up to the `step` just saved, the `newest` ones."
     if best_step is not None:  # first, so that it never names one that is gone
         write_file(run_dir / "checkpoints" / "BEST", checkpoint_path(run_dir, best_step).name + "\n")
-    for checkpoint in checkpoints(run_dir)[newest:]:
-        if best_step is None or checkpoint != checkpoint_path(run_dir, best_step):
+    found = checkpoints(run_dir)
+    kept = [checkpoint for checkpoint in found if int(checkpoint.name.removeprefix("step-")) <= step][:newest]
+    for checkpoint in found:
+        if checkpoint not in kept and (best_step is None or checkpoint != checkpoint_path(run_dir, best_step)):
             shutil.rmtree(checkpoint)
 
 # %% ../../nbs/run/01_checkpoints.ipynb #best_checkpoint

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
-           'run_identity', 'read_manifest', 'epoch_steps', 'has_trained', 'insist_same', 'make_run_dir', 'create_run',
-           'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor', 'append_rows',
-           'parse_row', 'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary', 'best_epoch',
-           'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status', 'code_facts',
+           'run_identity', 'read_manifest', 'epoch_steps', 'checkpoints', 'has_trained', 'insist_same', 'make_run_dir',
+           'create_run', 'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor',
+           'append_rows', 'parse_row', 'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary',
+           'best_epoch', 'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status', 'code_facts',
            'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
@@ -100,11 +100,17 @@ def epoch_steps(run_dir: Path, recipe: Recipe) -> int:
     "Optimizer steps in an epoch of a run that has begun; DamagedFile where its manifest does not say how many pictures it learns from."
     return steps_per_epoch(read_manifest(run_dir)["data"]["train_pictures"], recipe.num_microbatches, recipe.microbatch_size)
 
+# %% ../../nbs/run/00_folder.ipynb #checkpoints
+def checkpoints(run_dir: Path) -> list[Path]:
+    "All checkpoints of a run, the newest first; what a person has put beside them under another name is none."
+    found = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
 # %% ../../nbs/run/00_folder.ipynb #insist_same
 def has_trained(run_dir: Path) -> bool:
     "Whether a folder holds a run that has come as far as a checkpoint, or to its end."
     completed = read_json(run_dir / "run.json").get("status") == "completed"
-    return (completed or any((run_dir / "checkpoints").glob("step-*"))) and (run_dir / "config.json").exists()
+    return (completed or bool(checkpoints(run_dir))) and (run_dir / "config.json").exists()
 
 
 def insist_same(config: RunConfig) -> None:

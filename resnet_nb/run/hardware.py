@@ -28,6 +28,7 @@ import psutil
 
 from ..config import Hardware, RunConfig, one_sentence, project_root
 from ..files import DiskFull
+from .folder import checkpoints
 
 # %% ../../nbs/run/00_hardware.ipynb #ask_torch
 ANSWER = 300.0  # s that torch may take to answer; on a slow disk its import alone takes a minute
@@ -300,7 +301,7 @@ def _check_memory(config: RunConfig, found: dict, step: int) -> Check:
 def _check_folder(config: RunConfig, checkpoint: int) -> list[Check]:
     "The folder of runs: room, and whether files can be written, renamed and locked there."
     folder = _folder_of_runs()
-    there = sum(path.stat().st_size for path in (folder / config.name / "checkpoints").glob("step-*/*"))
+    there = sum(path.stat().st_size for checkpoint in checkpoints(folder / config.name) for path in checkpoint.iterdir())
     needs, (total, _, free) = max(0, 3 * checkpoint - there), shutil.disk_usage(folder)  # the best, and the last two
     full = f"make room in {str(folder)!r}, or put runs elsewhere with $RESNET_NB_HOME"
     problem = ""

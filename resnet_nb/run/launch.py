@@ -28,8 +28,8 @@ from typing import Any
 from ..config import Recipe, RunConfig, split_rdzv
 from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
-    RunBusy, all_rows, append_rows, best_and_last, create_run, epoch_steps, final_note, is_locked, load_config, lock_run, make_run_dir,
-    mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
+    RunBusy, all_rows, append_rows, best_and_last, checkpoints, create_run, epoch_steps, final_note, is_locked, load_config, lock_run,
+    make_run_dir, mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
 )  # fmt: skip
 from .hardware import NO_MEMORY, NoAnswer, memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
@@ -303,7 +303,7 @@ def _cpu_seconds() -> float:
 def _reached(run_dir: Path) -> tuple[int, set[Path]]:
     "The furthest step that any attempt has recorded, and the checkpoints."
     steps = (row["step"] for row in all_rows(run_dir) if row["event"] == "step")
-    return max(steps, default=0), set((run_dir / "checkpoints").glob("step-*"))
+    return max(steps, default=0), set(checkpoints(run_dir))
 
 # %% ../../nbs/run/06_launch.ipynb #supervise
 def _attempts(run_dir: Path, lock: int, max_attempts: int) -> None:
@@ -324,8 +324,8 @@ def _attempts(run_dir: Path, lock: int, max_attempts: int) -> None:
             reason = no_room(run_dir, 0) if kind == "DiskFull" else error
             outcome = {"status": "failed", "reason": str(reason), "kind": kind}
         attempts.append(begun | {"ended": utc_now(), "cpu_seconds": round(_cpu_seconds() - spent, 1)} | outcome)
-        step, checkpoints = _reached(run_dir)
-        got_on = step > before[0] or checkpoints - before[1]
+        step, saved = _reached(run_dir)
+        got_on = step > before[0] or saved - before[1]
         lasting = outcome.get("kind") in CODES.keys() - PASSING
         again = outcome["status"] == "failed" and got_on and not lasting and not (run_dir / "STOP").exists()
         if again and not left:
@@ -744,7 +744,7 @@ def twins(config: RunConfig) -> list[dict]:
             other, status = load_config(run_dir), read_status(run_dir)["status"]
         except ValueError:
             continue  # damaged, or of another version
-        begun = status == "running" or status in ("stopped", "failed") and any((run_dir / "checkpoints").glob("step-*"))
+        begun = status == "running" or status in ("stopped", "failed") and checkpoints(run_dir)
         same = other.data_dir == config.data_dir and run_identity(other) == run_identity(config)
         if begun and same and name != config.name and other.leads == config.leads:
             found.append(describe_run(name))

@@ -93,7 +93,7 @@ def write_checkpoint(run_dir: Path, trainer, checkpoint: dict) -> str:
     try:
         write_state(partial_path(run_dir, step) / STATE, data.getbuffer())
         commit_checkpoint(run_dir, step, about)
-        rotate(run_dir, best_epoch(run_dir).get("step"))
+        rotate(run_dir, best_epoch(run_dir).get("step"), step)
     except DiskFull as full:
         drop_partial(run_dir)
         return str(full)

@@ -27,7 +27,12 @@ PHASES = {
     "step": ("resnet_nb.learn.module", "ResNetModule", "training_step", lambda self, *args: self.trainer.global_step == 5),
     "validation": ("resnet_nb.learn.module", "ResNetModule", "validation_step", lambda self, *args: self.trainer.global_step == 8),
     "checkpoint write": ("resnet_nb.run.stopping", None, "commit_checkpoint", lambda run_dir, step, about: step == 8),
-    "after its rename": ("resnet_nb.run.stopping", None, "rotate", lambda run_dir, best: (run_dir / "checkpoints/step-00000008").exists()),
+    "after its rename": (
+        "resnet_nb.run.stopping",
+        None,
+        "rotate",
+        lambda run_dir, *steps: (run_dir / "checkpoints/step-00000008").exists(),
+    ),
 }
 
 
