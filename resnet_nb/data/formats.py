@@ -639,7 +639,7 @@ def _named(folder: Path, labels: list, file_names: list[bytes], names: list[str]
 def _all_named(folder: Path, splits: dict[str, list[tuple]]) -> dict[str, list[tuple]]:
     "Of each split, what `_list_parquet` found in its shards, named; ValueError where some labels are words, and others numbers without names."
     others = [names for lists in splits.values() for *_, names in lists if names]
-    splits = {split: [_named(folder, *found, others) for found in lists] for split, lists in splits.items()}
+    splits = {split: [_named(folder, labels, files, names, others) for labels, files, names in lists] for split, lists in splits.items()}
     if len({type(label) for lists in splits.values() for labels, *_ in lists for label in labels[:1]}) > 1:
         raise ValueError(
             f"{str(folder)!r} has shards whose labels are words, and shards whose labels are numbers without names; write them again, in one way"
