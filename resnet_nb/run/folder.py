@@ -6,9 +6,9 @@
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
            'run_identity', 'read_manifest', 'epoch_steps', 'checkpoints', 'has_trained', 'insist_same', 'make_run_dir',
            'create_run', 'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor',
-           'append_rows', 'parse_row', 'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary',
-           'best_epoch', 'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status', 'code_facts',
-           'environment_facts', 'bare_code', 'code_sha256']
+           'append_rows', 'parse_row', 'parse_rows', 'all_rows', 'last_written', 'read_rows', 'damaged_lines',
+           'write_summary', 'best_epoch', 'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status',
+           'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
@@ -283,6 +283,12 @@ def all_rows(run_dir: Path) -> list[dict]:
     "Every whole row of metrics.jsonl, in order of writing."
     path = run_dir / "metrics.jsonl"
     return parse_rows(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def last_written(run_dir: Path) -> float:
+    "When a run has last written of itself, in seconds as files have it: its record, or, before there is one, its configuration."
+    path = run_dir / "metrics.jsonl"
+    return (path if path.exists() else run_dir / "config.json").stat().st_mtime
 
 
 def read_rows(run_dir: Path, event: str) -> list[dict]:

@@ -28,8 +28,8 @@ from typing import Any
 from ..config import Recipe, RunConfig, split_rdzv
 from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
-    RunBusy, all_rows, append_rows, best_and_last, checkpoints, create_run, epoch_steps, final_note, is_locked, load_config, lock_run,
-    make_run_dir, mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
+    RunBusy, all_rows, append_rows, best_and_last, checkpoints, create_run, epoch_steps, final_note, is_locked, last_written, load_config,
+    lock_run, make_run_dir, mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
 )  # fmt: skip
 from .hardware import NO_MEMORY, NoAnswer, memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
@@ -712,9 +712,8 @@ def train(config: RunConfig, show: Callable[[str], None] = print, **how) -> Path
 # %% ../../nbs/run/06_launch.ipynb #list_runs
 def run_names() -> list[str]:
     "Names of the runs, the one that has written last first."
-    found = {path.parent: path.stat().st_mtime for path in run_path("x").parent.glob("*/config.json")}
-    written = {run: max([at, *(path.stat().st_mtime for path in run.glob("metrics.jsonl"))]) for run, at in found.items()}
-    return [run.name for run in sorted(written, key=written.get, reverse=True)]
+    found = (path.parent for path in run_path("x").parent.glob("*/config.json"))
+    return [run_dir.name for run_dir in sorted(found, key=last_written, reverse=True)]
 
 
 def describe_run(name: str) -> dict:
@@ -726,11 +725,11 @@ def describe_run(name: str) -> dict:
     if status["status"] == "running":  # run.json is written when an attempt begins and ends
         status |= best_and_last(run_path(name))
     best, last = (row or {} for row in (status.get("best"), status.get("last")))
-    steps, written = read_rows(run_path(name), "step"), max(path.stat().st_mtime for path in run_path(name).glob("*.json*"))
+    steps = read_rows(run_path(name), "step")
     return {
         "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs,
         "step": steps[-1]["step"] if steps else 0, "best": best.get("val/acc"), "last": last.get("val/acc"), "recipe": config.recipe_name,
-        "hw": config.hw, "age": round(time.time() - written), "problem": status["reason"],
+        "hw": config.hw, "age": round(time.time() - last_written(run_path(name))), "problem": status["reason"],
         "mirror": mirror_line(run_path(name)),
     }  # fmt: skip
 
