@@ -269,9 +269,16 @@ def parse_row(line: str) -> dict | None:
     whole = (
         isinstance(row, dict)
         and isinstance(row.get("event"), str)
+        and isinstance(row.get("note", ""), str)
         and all(type(row.get(name)) is int for name in ("step", "epoch", "attempt"))
     )
-    return row if whole else None
+    return row if whole and _has_numbers(row) else None
+
+
+def _has_numbers(row: dict) -> bool:
+    "Whether a row about an epoch has its loss, which is null where it was no finite number, and its accuracy; others need none."
+    stage = {"epoch": "train", "val": "val"}.get(row["event"])
+    return not stage or (isinstance(row.get(f"{stage}/loss", ""), float | int | None) and isinstance(row.get(f"{stage}/acc"), float | int))
 
 
 def parse_rows(text: str) -> list[dict]:
@@ -352,6 +359,8 @@ def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers; DamagedFile where it says none of this."
     path = run_dir / "run.json"
     status = {"status": "created", "reason": "", "attempts": []} | (read_json(path, status=str) if path.exists() else {})
+    if not (isinstance(status["attempts"], list) and all(isinstance(attempt, dict) for attempt in status["attempts"])):
+        raise DamagedFile(f"{str(path)!r} is damaged: its 'attempts' is no list of mappings; bring it back from a copy")
     if status["status"] == "running" and not is_locked(run_dir):
         word, _, reason = final_note(run_dir, len(status["attempts"])).partition(": ")
         gone = "its processes are gone without a word (killed, or the machine went down)"
