@@ -29,7 +29,8 @@ from ..config import Recipe, RunConfig, split_rdzv
 from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
     RunBusy, all_rows, append_rows, best_and_last, checkpoints, create_run, epoch_steps, final_note, is_locked, last_written, load_config,
-    lock_run, make_run_dir, mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
+    lock_run, make_run_dir, mend_status, parse_rows, read_manifest, read_rows, read_status, run_identity, run_path, sign_lock, utc_now,
+    wake_supervisor, write_status,
 )  # fmt: skip
 from .hardware import NO_MEMORY, NoAnswer, memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
@@ -454,13 +455,13 @@ def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
 
-def _pace(recipe: Recipe, per_epoch: int, first: int, step: int, seconds: float) -> str:
-    "What follows from the `seconds` that the steps after `first` up to `step` took; empty where there are none."
+def _pace(recipe: Recipe, per_epoch: int, pictures: int, first: int, step: int, seconds: float) -> str:
+    "What follows from the `seconds` that the steps after `first` up to `step` took; empty where there are none. An epoch has so many `pictures`."
     work = functools.partial(pixels_before, recipe, per_epoch)
     done = work(step) - work(first)
     if not done or not seconds:
         return ""
-    epoch, speed = step // per_epoch, (step - first) * recipe.global_batch_size / seconds
+    epoch, speed = step // per_epoch, (step - first) * pictures / per_epoch / seconds
     left = [seconds / done * (work(end * per_epoch) - work(step)) for end in (epoch + 1, recipe.epochs)]
     return f", {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
 
@@ -480,7 +481,7 @@ class Progress:
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic):
         self.run_dir, self.recipe, self.clock = run_dir, load_config(run_dir).recipe, clock
-        self.began, self.step, self.per_epoch = clock(), 0, 0
+        self.began, self.step, self.per_epoch, self.pictures = clock(), 0, 0, 0
         self.since: tuple[float, int] | None = None  # when this attempt's steps were first looked at, and the step
 
     def see(self, rows: list[dict]) -> None:
@@ -490,6 +491,7 @@ class Progress:
                 self.per_epoch, self.step, self.since = 0, row["step"], None
                 with contextlib.suppress(DamagedFile):  # the run itself does not need its manifest
                     self.per_epoch = epoch_steps(self.run_dir, self.recipe)
+                    self.pictures = read_manifest(self.run_dir)["data"]["train_pictures"]
             elif row["event"] == "step":
                 self.step = row["step"]
         if self.since is None and any(row["event"] == "step" for row in rows):
@@ -516,7 +518,7 @@ class Progress:
         if epoch == self.recipe.epochs:
             return "all steps are done"
         since, first = self.since
-        pace = _pace(self.recipe, self.per_epoch, first, self.step, self.clock() - since)
+        pace = _pace(self.recipe, self.per_epoch, self.pictures, first, self.step, self.clock() - since)
         return f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}{pace}"
 
 # %% ../../nbs/run/06_launch.ipynb #details
