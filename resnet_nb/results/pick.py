@@ -22,8 +22,7 @@ SHORT = {"epochs": 4, "image_sizes": [16, 24], "num_threads": 1}  # an example's
 
 def newest_run() -> Path | None:
     "Of the runs that have a validated checkpoint the one that has written last; None where there is none."
-    runs = [path for path in run_path(EXAMPLE).parent.glob("*") if (path / "checkpoints" / "BEST").exists()]
-    return max(runs, key=lambda path: (path / "metrics.jsonl").stat().st_mtime, default=None)
+    return next((run_path(name) for name in launch.run_names() if (run_path(name) / "checkpoints" / "BEST").exists()), None)
 
 
 def example_run(show: Callable[[str], None] = print, name: str = EXAMPLE, seed: int = 0) -> Path:

@@ -6,9 +6,9 @@
 __all__ = ['NUMERIC_VARIABLES', 'VARIABLES', 'differences', 'first_difference', 'utc_now', 'run_path', 'load_config',
            'run_identity', 'read_manifest', 'epoch_steps', 'checkpoints', 'has_trained', 'insist_same', 'make_run_dir',
            'create_run', 'sign_lock', 'RunBusy', 'lock_run', 'hold_as_rank', 'is_locked', 'wake_supervisor',
-           'append_rows', 'parse_row', 'parse_rows', 'all_rows', 'read_rows', 'damaged_lines', 'write_summary',
-           'best_epoch', 'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status', 'code_facts',
-           'environment_facts', 'bare_code', 'code_sha256']
+           'append_rows', 'parse_row', 'parse_rows', 'all_rows', 'last_written', 'read_rows', 'damaged_lines',
+           'write_summary', 'best_epoch', 'final_note', 'best_and_last', 'read_status', 'mend_status', 'write_status',
+           'code_facts', 'environment_facts', 'bare_code', 'code_sha256']
 
 # %% ../../nbs/run/00_folder.ipynb #imports
 import ast
@@ -269,9 +269,16 @@ def parse_row(line: str) -> dict | None:
     whole = (
         isinstance(row, dict)
         and isinstance(row.get("event"), str)
+        and isinstance(row.get("note", ""), str)
         and all(type(row.get(name)) is int for name in ("step", "epoch", "attempt"))
     )
-    return row if whole else None
+    return row if whole and _has_numbers(row) else None
+
+
+def _has_numbers(row: dict) -> bool:
+    "Whether a row about an epoch has its loss, which is null where it was no finite number, and its accuracy; others need none."
+    stage = {"epoch": "train", "val": "val"}.get(row["event"])
+    return not stage or (isinstance(row.get(f"{stage}/loss", ""), float | int | None) and isinstance(row.get(f"{stage}/acc"), float | int))
 
 
 def parse_rows(text: str) -> list[dict]:
@@ -283,6 +290,12 @@ def all_rows(run_dir: Path) -> list[dict]:
     "Every whole row of metrics.jsonl, in order of writing."
     path = run_dir / "metrics.jsonl"
     return parse_rows(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+
+
+def last_written(run_dir: Path) -> float:
+    "When a run has last written of itself, in seconds as files have it: its record, or, before there is one, its configuration."
+    path = run_dir / "metrics.jsonl"
+    return (path if path.exists() else run_dir / "config.json").stat().st_mtime
 
 
 def read_rows(run_dir: Path, event: str) -> list[dict]:
@@ -346,6 +359,8 @@ def read_status(run_dir: Path) -> dict:
     "run.json: status (created, running, stopped, completed, failed), reason, attempts, best and last numbers; DamagedFile where it says none of this."
     path = run_dir / "run.json"
     status = {"status": "created", "reason": "", "attempts": []} | (read_json(path, status=str) if path.exists() else {})
+    if not (isinstance(status["attempts"], list) and all(isinstance(attempt, dict) for attempt in status["attempts"])):
+        raise DamagedFile(f"{str(path)!r} is damaged: its 'attempts' is no list of mappings; bring it back from a copy")
     if status["status"] == "running" and not is_locked(run_dir):
         word, _, reason = final_note(run_dir, len(status["attempts"])).partition(": ")
         gone = "its processes are gone without a word (killed, or the machine went down)"

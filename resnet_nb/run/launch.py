@@ -28,8 +28,9 @@ from typing import Any
 from ..config import Recipe, RunConfig, split_rdzv
 from ..files import SPARE, DamagedFile, DiskFull, free_bytes, is_full, keep_spare, no_room, read_json, write_file, write_json
 from resnet_nb.run.folder import (
-    RunBusy, all_rows, append_rows, best_and_last, checkpoints, create_run, epoch_steps, final_note, is_locked, load_config, lock_run,
-    make_run_dir, mend_status, parse_rows, read_rows, read_status, run_identity, run_path, sign_lock, utc_now, wake_supervisor, write_status,
+    RunBusy, all_rows, append_rows, best_and_last, checkpoints, create_run, epoch_steps, final_note, is_locked, last_written, load_config,
+    lock_run, make_run_dir, mend_status, parse_rows, read_manifest, read_rows, read_status, run_identity, run_path, sign_lock, utc_now,
+    wake_supervisor, write_status,
 )  # fmt: skip
 from .hardware import NO_MEMORY, NoAnswer, memory_remedy, oom_kills
 from .mirror import keep_mirror, mirror_line, pull
@@ -454,13 +455,13 @@ def pixels_before(recipe: Recipe, per_epoch: int, step: int) -> int:
     return sum(size**2 * within(first, end) for (first, size), end in zip(parts, ends))
 
 
-def _pace(recipe: Recipe, per_epoch: int, first: int, step: int, seconds: float) -> str:
-    "What follows from the `seconds` that the steps after `first` up to `step` took; empty where there are none."
+def _pace(recipe: Recipe, per_epoch: int, pictures: int, first: int, step: int, seconds: float) -> str:
+    "What follows from the `seconds` that the steps after `first` up to `step` took; empty where there are none. An epoch has so many `pictures`."
     work = functools.partial(pixels_before, recipe, per_epoch)
     done = work(step) - work(first)
     if not done or not seconds:
         return ""
-    epoch, speed = step // per_epoch, (step - first) * recipe.global_batch_size / seconds
+    epoch, speed = step // per_epoch, (step - first) * pictures / per_epoch / seconds
     left = [seconds / done * (work(end * per_epoch) - work(step)) for end in (epoch + 1, recipe.epochs)]
     return f", {speed:,.0f} pictures/s, about {duration(left[0])} left of the epoch, {duration(left[1])} of the run"
 
@@ -480,7 +481,7 @@ class Progress:
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic):
         self.run_dir, self.recipe, self.clock = run_dir, load_config(run_dir).recipe, clock
-        self.began, self.step, self.per_epoch = clock(), 0, 0
+        self.began, self.step, self.per_epoch, self.pictures = clock(), 0, 0, 0
         self.since: tuple[float, int] | None = None  # when this attempt's steps were first looked at, and the step
 
     def see(self, rows: list[dict]) -> None:
@@ -490,6 +491,7 @@ class Progress:
                 self.per_epoch, self.step, self.since = 0, row["step"], None
                 with contextlib.suppress(DamagedFile):  # the run itself does not need its manifest
                     self.per_epoch = epoch_steps(self.run_dir, self.recipe)
+                    self.pictures = read_manifest(self.run_dir)["data"]["train_pictures"]
             elif row["event"] == "step":
                 self.step = row["step"]
         if self.since is None and any(row["event"] == "step" for row in rows):
@@ -516,7 +518,7 @@ class Progress:
         if epoch == self.recipe.epochs:
             return "all steps are done"
         since, first = self.since
-        pace = _pace(self.recipe, self.per_epoch, first, self.step, self.clock() - since)
+        pace = _pace(self.recipe, self.per_epoch, self.pictures, first, self.step, self.clock() - since)
         return f"epoch {epoch + 1}/{self.recipe.epochs}, step {into:,}/{self.per_epoch:,}{pace}"
 
 # %% ../../nbs/run/06_launch.ipynb #details
@@ -712,9 +714,8 @@ def train(config: RunConfig, show: Callable[[str], None] = print, **how) -> Path
 # %% ../../nbs/run/06_launch.ipynb #list_runs
 def run_names() -> list[str]:
     "Names of the runs, the one that has written last first."
-    found = {path.parent: path.stat().st_mtime for path in run_path("x").parent.glob("*/config.json")}
-    written = {run: max([at, *(path.stat().st_mtime for path in run.glob("metrics.jsonl"))]) for run, at in found.items()}
-    return [run.name for run in sorted(written, key=written.get, reverse=True)]
+    found = (path.parent for path in run_path("x").parent.glob("*/config.json"))
+    return [run_dir.name for run_dir in sorted(found, key=last_written, reverse=True)]
 
 
 def describe_run(name: str) -> dict:
@@ -726,11 +727,11 @@ def describe_run(name: str) -> dict:
     if status["status"] == "running":  # run.json is written when an attempt begins and ends
         status |= best_and_last(run_path(name))
     best, last = (row or {} for row in (status.get("best"), status.get("last")))
-    steps, written = read_rows(run_path(name), "step"), max(path.stat().st_mtime for path in run_path(name).glob("*.json*"))
+    steps = read_rows(run_path(name), "step")
     return {
         "name": name, "status": status["status"], "epoch": last.get("epoch", -1) + 1, "epochs": config.recipe.epochs,
         "step": steps[-1]["step"] if steps else 0, "best": best.get("val/acc"), "last": last.get("val/acc"), "recipe": config.recipe_name,
-        "hw": config.hw, "age": round(time.time() - written), "problem": status["reason"],
+        "hw": config.hw, "age": round(time.time() - last_written(run_path(name))), "problem": status["reason"],
         "mirror": mirror_line(run_path(name)),
     }  # fmt: skip
 
