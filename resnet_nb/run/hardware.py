@@ -130,11 +130,9 @@ def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
 
 def validate_hardware(hw: str, hardware: Hardware, found: dict, exact: bool = False) -> None:
     "Raise ValueError where a machine with what was `found` can't serve the profile (and exact numerics, if wished), with what to do."
-    usual = HARDWARE[hw].accelerator if hw in HARDWARE else hardware.accelerator
-    other = "use hw=local" if hardware.accelerator == usual else "leave accelerator out of overrides"
-    torch = f"torch {found['torch']}".strip()  # its version is not asked where there can be no accelerator
+    other = "use hw=local" if HARDWARE.get(hw, hardware).accelerator == hardware.accelerator else "leave accelerator out of overrides"
     if hardware.accelerator == "mps" and not found["mps"]:
-        raise ValueError(f"hw={hw} needs a Mac with MPS, and {torch} finds none; {other}")
+        raise ValueError(f"hw={hw} needs a Mac with MPS, and {('torch ' + found['torch']).strip()} finds none; {other}")
     if exact and hardware.accelerator == "mps":
         raise ValueError(
             "numerics=exact is not offered on MPS, whose kernels promise no fixed order of sums; use overrides: {accelerator: cpu}, or numerics=close"
