@@ -45,6 +45,7 @@ from .results.compare import compare_runs, exit_code, first_difference_lines, ve
 from .run import launch
 from .run.forecast import forecast, forecast_lines, keep_forecast, measure, parity_config
 from .run.forecast import parity as run_parity
+from .run.checkpoints import find_run
 from .run.folder import create_run, is_locked, load_config, lock_run, make_run_dir, mend_status, read_status, run_path
 from .run.hardware import NoAnswer, check_lines, check_machine
 from .run.mirror import pull, push_page
@@ -190,12 +191,13 @@ def main():
 # %% ../nbs/90_cli.ipynb #run-argument
 def _find_run(name: str, damaged: bool = False) -> Path:
     "The folder of a run, given by name or by path; ValueError where there is none, or, unless allowed, it can't be read."
-    run_dir = Path(name) if "/" in name or (Path(name) / "config.json").exists() else run_path(name)
-    if "/" not in name and not (run_dir / "config.json").exists():
+    found = find_run(name)
+    if not found and "/" not in name:
         raise ValueError(f"there is no run {name!r}; {nearest(name, launch.run_names())}")
-    if not (damaged and (run_dir / "config.json").exists()):
+    run_dir = found or given_path(name)
+    if not (found and damaged):
         load_config(run_dir)
-    return run_dir.resolve()
+    return run_dir
 
 
 class _Range(click.FloatRange):

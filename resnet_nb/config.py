@@ -448,7 +448,7 @@ class Devices(Strict):
     channels_last: Literal["auto"] | bool = what("memory format of pictures and weights; auto: on CUDA", False)
     compile: bool = what("compile the network with torch.compile, anew for each image size", False)
     num_workers: Literal["auto"] | Whole = what("data workers per rank; auto: the cores there are for it, less one")
-    num_threads: int | None = what("CPU threads per rank; None: an even share of the cores, or 1 for exact numerics", None, ge=1)
+    num_threads: int | None = what("CPU threads per rank; None: an even share of the cores, or 1 for exact numerics", None, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -17,7 +17,8 @@ from papermill.exceptions import PapermillExecutionError
 from resnet_nb import cli
 from resnet_nb.config import Hardware, Parameters, Recipe
 from resnet_nb.data.index import cache_dir
-from resnet_nb.run.folder import all_rows, read_status
+from resnet_nb.run.checkpoints import find_run
+from resnet_nb.run.folder import all_rows, create_run, read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -289,3 +290,19 @@ def test_real_photos_are_found_and_decoded():
     recipe = RECIPES["imagenette"]
     (picture, _), (again, _), (other, _) = load_train(train, 0, [(epoch, 0, 96) for epoch in (0, 0, 1)], recipe)
     assert (picture == again).all() and (picture != other).any()
+
+
+def test_a_run_is_found_by_one_rule_by_commands_and_functions(make_config, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    monkeypatch.setenv("RESNET_NB_HOME", str(tmp_path / "home"))
+    named = create_run(make_config("twice", "local"))
+    for name in ("twice", "copied"):
+        shutil.copytree(named, here / name)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(here))
+    meant = {"twice": named, "./twice": here / "twice", "~/twice": here / "twice", "copied": here / "copied", str(named): named}
+    assert {name: cli._find_run(name) for name in meant} == meant == {name: find_run(name) for name in meant}
+    with pytest.raises(ValueError, match="there is no run 'twic'; did you mean 'twice'"):
+        cli._find_run("twic")
+    with pytest.raises(ValueError, match="no run in '.*here/none': it has no config.json"):
+        cli._find_run("~/none")

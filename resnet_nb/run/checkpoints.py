@@ -152,8 +152,9 @@ def best_checkpoint(run_dir: Path) -> Path:
 
 
 def find_run(name: str) -> Path | None:
-    "The folder of a run, given by name or by path; None where there is none."
-    found = [path for path in (run_path(name), given_path(name)) if (path / "config.json").exists()]
+    "The folder of a run, given by name or by path; None where there is none. A word without a slash is a name first."
+    places = [given_path(name)] if "/" in name else [run_path(name), given_path(name)]
+    found = [path for path in places if (path / "config.json").exists()]
     return found[0].resolve() if found else None
 
 

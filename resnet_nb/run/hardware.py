@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ..config import Hardware, RunConfig, one_sentence, project_root
+from ..config import HARDWARE, Hardware, RunConfig, one_sentence, project_root
 from ..files import DiskFull
 from .folder import checkpoints
 
@@ -84,7 +84,11 @@ def usable_cores() -> int:
     "CPU cores that this process may use: fewer than the machine has where an affinity, a batch system or a container says so."
     from joblib import cpu_count  # which also loads pools of processes
 
-    return cpu_count()
+    try:
+        return cpu_count()
+    except ValueError:
+        limit = os.environ.get("LOKY_MAX_CPU_COUNT")  # which joblib asks
+        raise ValueError(f"LOKY_MAX_CPU_COUNT={limit!r} in the environment is no whole number; set it to one, or unset it") from None
 
 
 def settle(
@@ -126,8 +130,9 @@ def has_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
 
 def validate_hardware(hw: str, hardware: Hardware, found: dict, exact: bool = False) -> None:
     "Raise ValueError where a machine with what was `found` can't serve the profile (and exact numerics, if wished), with what to do."
+    other = "use hw=local" if HARDWARE.get(hw, hardware).accelerator == hardware.accelerator else "leave accelerator out of overrides"
     if hardware.accelerator == "mps" and not found["mps"]:
-        raise ValueError(f"hw={hw} needs a Mac with MPS, and torch {found['torch']} finds none; use hw=local")
+        raise ValueError(f"hw={hw} needs a Mac with MPS, and {('torch ' + found['torch']).strip()} finds none; {other}")
     if exact and hardware.accelerator == "mps":
         raise ValueError(
             "numerics=exact is not offered on MPS, whose kernels promise no fixed order of sums; use overrides: {accelerator: cpu}, or numerics=close"
@@ -138,7 +143,7 @@ def validate_hardware(hw: str, hardware: Hardware, found: dict, exact: bool = Fa
     if len(found["cuda"]) < count:
         number = "set the number with overrides: {devices: N}" if found["cuda"] else "see whether nvidia-smi lists any"
         raise ValueError(
-            f"hw={hw} needs {count} CUDA device{'s' * (count != 1)}, this machine has {len(found['cuda'])}; use hw=local, or {number}"
+            f"hw={hw} needs {count} CUDA device{'s' * (count != 1)}, this machine has {len(found['cuda'])}; {other}, or {number}"
         )
     if exact and len(names := {name: None for name, _ in found["cuda"][:count]}) > 1:
         raise ValueError(
