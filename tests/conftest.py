@@ -24,6 +24,18 @@ SMALL = {
 STEPS = 4  # optimizer steps in an epoch of SMALL
 NUM_VAL = 23
 
+# files that take minutes, the longest first
+SLOW = [
+    "printed_commands", "exact", "leaving", "damage", "finetune", "stop", "full_disk", "signals", "nodes", "lab", "watchdogs", "commands", "spot",
+]  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """A slow file that begins last keeps one process busy while the others have nothing left; xdist keeps this order with --no-loadscope-reorder."""
+    names = {item: item.path.stem.removeprefix("test_") for item in items}
+    items.sort(key=lambda item: SLOW.index(names[item]) if names[item] in SLOW else len(SLOW))
+
 
 def small_data(folder: Path) -> Path:
     """96 training and 23 validation digits of 4 classes, below `folder`."""
