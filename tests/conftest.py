@@ -10,8 +10,10 @@ import pytest
 
 from resnet_nb.config import Parameters
 from resnet_nb.data.splits import make_digits
+from resnet_nb.files import read_json
 from resnet_nb.run import launch
-from resnet_nb.run.folder import all_rows, create_run, lock_run, make_run_dir
+from resnet_nb.run.checkpoints import checkpoint_path, checkpoints
+from resnet_nb.run.folder import all_rows, create_run, lock_run, make_run_dir, read_rows
 from resnet_nb.run.plan import resolve
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts pytest in the background has it ignored, by children too
@@ -96,6 +98,16 @@ def wait_for(what, seconds=90):
 
 def epochs_begun(run_dir):
     return sum(row.get("note") == "epoch" for row in all_rows(run_dir))
+
+
+def losses(run_dir):
+    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
+
+
+def tensors(run_dir, step=None):
+    """sha256 of every weight, statistic and momentum, at the end or after a step, by name."""
+    path = checkpoint_path(run_dir, step) if step else checkpoints(run_dir)[0]
+    return read_json(path / "MANIFEST.json")["tensors"]
 
 
 def processes_of(run_dir):
