@@ -147,7 +147,7 @@ def supervise_here(config, script: Path, *words, monkeypatch):
 
 
 def run_here(config, attempt: int = 1) -> tuple[Path, str]:
-    """Folder of a run after an attempt in this process, which has torch already, and how it ended; signals and threads are as before."""
+    """Folder of a run after an attempt in this process, which has torch already, and how it ended; signals, variables and threads are as before."""
     import torch
 
     from resnet_nb.run.worker import run_rank
@@ -156,13 +156,21 @@ def run_here(config, attempt: int = 1) -> tuple[Path, str]:
     create_run(config)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run_dir, run_rank(run_dir, attempt)
+        with launch.variables():
+            return run_dir, run_rank(run_dir, attempt)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def trained_here(config) -> Path:
+    """Folder of a run after it was trained in this process: its records and checkpoints, without what a supervisor and the ranks' own processes write."""
+    run_dir, outcome = run_here(config)
+    assert outcome == "completed"
+    return run_dir
 
 
 @pytest.fixture(scope="session")
