@@ -43,7 +43,7 @@ test: setup  # every notebook from top to bottom, types, style, then all tests
 	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && TMPDIR="$$folder" $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/mypy
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n 3 --dist loadfile  # a file of tests each
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # a file of tests each, the slow ones first (tests/conftest.py)
 
 # make test-fast nb=nbs/data/06_sampler.ipynb; without nb, all notebooks that differ from the last commit
 test-fast: setup  # the notebooks that were changed, then the quick tests

@@ -10,8 +10,10 @@ import pytest
 
 from resnet_nb.config import Parameters
 from resnet_nb.data.splits import make_digits
+from resnet_nb.files import read_json
 from resnet_nb.run import launch
-from resnet_nb.run.folder import all_rows, create_run, lock_run, make_run_dir
+from resnet_nb.run.checkpoints import checkpoint_path, checkpoints
+from resnet_nb.run.folder import all_rows, create_run, lock_run, make_run_dir, read_rows
 from resnet_nb.run.plan import resolve
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that puts pytest in the background has it ignored, by children too
@@ -23,6 +25,18 @@ SMALL = {
 }  # fmt: skip
 STEPS = 4  # optimizer steps in an epoch of SMALL
 NUM_VAL = 23
+
+# files that take minutes, the longest first
+SLOW = [
+    "printed_commands", "exact", "leaving", "damage", "finetune", "stop", "full_disk", "signals", "nodes", "lab", "watchdogs", "commands", "spot",
+]  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """A slow file that begins last keeps one process busy while the others have nothing left; xdist keeps this order with --no-loadscope-reorder."""
+    names = {item: item.path.stem.removeprefix("test_") for item in items}
+    items.sort(key=lambda item: SLOW.index(names[item]) if names[item] in SLOW else len(SLOW))
 
 
 def small_data(folder: Path) -> Path:
@@ -86,6 +100,16 @@ def epochs_begun(run_dir):
     return sum(row.get("note") == "epoch" for row in all_rows(run_dir))
 
 
+def losses(run_dir):
+    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
+
+
+def tensors(run_dir, step=None):
+    """sha256 of every weight, statistic and momentum, at the end or after a step, by name."""
+    path = checkpoint_path(run_dir, step) if step else checkpoints(run_dir)[0]
+    return read_json(path / "MANIFEST.json")["tensors"]
+
+
 def processes_of(run_dir):
     """Command lines of living processes that name the run's folder, the oldest first."""
     found = subprocess.run(["ps", "-ww", "-e", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -123,7 +147,7 @@ def supervise_here(config, script: Path, *words, monkeypatch):
 
 
 def run_here(config, attempt: int = 1) -> tuple[Path, str]:
-    """Folder of a run after an attempt in this process, which has torch already, and how it ended; signals and threads are as before."""
+    """Folder of a run after an attempt in this process, which has torch already, and how it ended; signals, variables and threads are as before."""
     import torch
 
     from resnet_nb.run.worker import run_rank
@@ -132,13 +156,21 @@ def run_here(config, attempt: int = 1) -> tuple[Path, str]:
     create_run(config)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return run_dir, run_rank(run_dir, attempt)
+        with launch.variables():
+            return run_dir, run_rank(run_dir, attempt)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic = False
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def trained_here(config) -> Path:
+    """Folder of a run after it was trained in this process: its records and checkpoints, without what a supervisor and the ranks' own processes write."""
+    run_dir, outcome = run_here(config)
+    assert outcome == "completed"
+    return run_dir
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from conftest import trained_here
 from PIL import Image
 
 from resnet_nb.cli import main
@@ -367,8 +368,7 @@ def test_a_run_on_drawn_pictures_says_so_and_leaves_out_bad_ones(tmp_path, home,
     assert any("no validation pictures: a run draws them" in line for line in summary(report)) and len(report["problems"]) == 1
     config = make_config("on-drawn", "local", data_dir=data, val_share=0.2, bad_pictures="skip-listed", epochs=1)
     assert "1 pictures can't be trained on" in refusal(data, lambda data: load_data(data, "fail", 0.2))
-    run_dir = launch.train(config)
-    manifest = read_json(run_dir / "manifest.json")
+    manifest = read_json(trained_here(config) / "manifest.json")
     assert manifest["data"]["train_pictures"] == len(before[0]) - 1 and manifest["data"]["val_pictures"] == len(before[1])
     assert manifest["attempts"][0]["inspection"]["left_out"]["train"] == [bad]
     assert run_identity(config)["val_share"] == 0.2 != run_identity(make_config("x", "local", data_dir=data))["val_share"]
@@ -629,8 +629,8 @@ def test_names_that_are_not_utf8_work_throughout(plain, tmp_path, home, make_con
     assert index_data(packed)[0].classes == ("ant", odd)
     report = read_json(cache_dir(data) / "inspection.json")
     assert list(report["splits"]["train"]["classes"]) == ["ant", odd]
-    for place in (data, packed):
-        run_dir = launch.train(make_config(f"odd-{place.name}", "local", data_dir=place, epochs=1, num_microbatches=1, microbatch_size=4))
+    for place, train in ((data, launch.train), (packed, trained_here)):
+        run_dir = train(make_config(f"odd-{place.name}", "local", data_dir=place, epochs=1, num_microbatches=1, microbatch_size=4))
         assert read_json(run_dir / "manifest.json")["data"]["classes"] == ["ant", odd]
     plot_sizes(report), plot_odd(report, dict(zip(("train", "val"), index_data(data))))
     assert index_data(pack(plain, tmp_path / "another", short_side=0))[0].classes == CLASSES

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import tensors, trained_here
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -13,7 +14,6 @@ from resnet_nb.config import RECIPES, Recipe
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages
 from resnet_nb.data.sampler import SampleKey, microbatch_places
 from resnet_nb.data.transforms import CHOICES, change_picture, draw_changes, draw_operation
-from resnet_nb.files import read_json
 from resnet_nb.learn.module import binary_cross_entropy
 from resnet_nb.results.plots import plot_run
 from resnet_nb.run import launch
@@ -168,17 +168,13 @@ def test_data_workers_change_nothing(make_config, num_workers):
 RUN = ALL | {"epochs": 2, "image_sizes": [16, 24], "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "loss": "bce", "numerics": "exact"}
 
 
-def tensors(run_dir):
-    return read_json(checkpoints(run_dir)[0] / "MANIFEST.json")["tensors"]
-
-
 def steps(run_dir):
     return [(row["step"], row["digest"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
 
 
 @pytest.fixture(scope="module")
 def reference(make_config):
-    return launch.train(make_config("views-1", devices=1, **RUN))
+    return trained_here(make_config("views-1", devices=1, **RUN))
 
 
 def test_bits_are_the_same_on_two_processes_and_after_a_stop(make_config, reference):
@@ -191,7 +187,7 @@ def test_bits_are_the_same_on_two_processes_and_after_a_stop(make_config, refere
     assert checkpoints(run_dir)[0].name == "step-00000001"  # in mid-epoch
     launch.train(make_config("views-stopped", devices=1, **RUN))
     assert tensors(run_dir) == tensors(reference) and steps(run_dir) == steps(reference)
-    other = launch.train(make_config("views-other", devices=1, **(RUN | {"rand_magnitude": 13})))
+    other = trained_here(make_config("views-other", devices=1, **(RUN | {"rand_magnitude": 13})))
     assert tensors(other) != tensors(reference) and not {step[1] for step in steps(other)} & {step[1] for step in steps(reference)}
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import trained_here
 from PIL import Image
 from torchvision import transforms as T
 
@@ -26,7 +27,7 @@ from resnet_nb.data.pack import pack
 from resnet_nb.data.splits import index_data
 from resnet_nb.data.transforms import decode, draw_crop, eval_picture, train_picture
 from resnet_nb.files import read_json
-from resnet_nb.run import launch, plan
+from resnet_nb.run import plan
 from resnet_nb.run.folder import read_rows
 from resnet_nb.seed import seed_key
 
@@ -118,7 +119,7 @@ def digests(run_dir):
 
 def test_a_run_on_a_pack_is_the_run_on_the_files(data, home, one, make_config):
     same = pack(data, home / "packed", short_side=0)
-    packed = launch.train(make_config("from a pack".replace(" ", "-"), "local", data_dir=same))
+    packed = trained_here(make_config("from a pack".replace(" ", "-"), "local", data_dir=same))
     assert digests(packed) == digests(one)
     assert [row["val/loss"] for row in read_rows(packed, "val")] == [row["val/loss"] for row in read_rows(one, "val")]
     smaller = index_data(pack(data, home / "smaller", short_side=6))[0]
@@ -136,7 +137,7 @@ def test_bad_pictures_that_are_listed_are_left_out_and_named(data, home, make_co
     inspect_data(damaged)
     with pytest.raises(ValueError, match=f"1 pictures can't be trained on, '{name}' for one"):
         plan.validate(make_config("fails", "local", data_dir=damaged))
-    manifest = read_json(launch.train(config) / "manifest.json")
+    manifest = read_json(trained_here(config) / "manifest.json")
     assert manifest["data"]["train_pictures"] == 95
     assert manifest["attempts"][0]["inspection"]["left_out"] == {"train": [name], "val": []}
     assert len(manifest["attempts"][0]["inspection"]["content_sha256"]["train"]) == 64

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from click.testing import CliRunner
+from conftest import tensors, trained_here
 
 from resnet_nb import cli
 from resnet_nb.files import read_json, write_json
@@ -13,11 +14,6 @@ from resnet_nb.run.checkpoints import STATE, checkpoint_path, checkpoints
 from resnet_nb.run.folder import create_run, lock_run, read_rows
 
 SHORT = {"epochs": 2, "image_sizes": [16, 24], "mixup_alpha": 0.2, "cutmix_alpha": 1.0, "ema_decay": 0.9}
-
-
-def tensors(run_dir):
-    """sha256 of every weight, statistic and momentum at the end, by name."""
-    return read_json(checkpoints(run_dir)[0] / "MANIFEST.json")["tensors"]
 
 
 def digests(run_dir):
@@ -64,7 +60,7 @@ def test_close_has_the_same_stream_and_other_bits(exact, reference):
 
 
 def test_another_seed_has_another_stream_and_other_bits(make_config, reference):
-    other = launch.train(make_config("exact-seed-1", "local", seed=1, numerics="exact", **SHORT))
+    other = trained_here(make_config("exact-seed-1", "local", seed=1, numerics="exact", **SHORT))
     assert not set(digests(other)) & set(digests(reference))
     counts = ("num_batches_tracked", "n_averaged")  # of steps: the same for all seeds
     names = [name for name in tensors(reference) if not name.endswith(counts)]
@@ -234,10 +230,10 @@ def test_a_killed_run_goes_on_to_the_same_bits_on_another_world_size(at, make_co
 def test_exact_bits_hold_with_optimizers_of_timm_after_a_stop(make_config, request, kept, how, control):
     pytest.importorskip("timm")
     name, how = request.node.callspec.id, SHORT | how | {"peak_lr": 1e-3, "devices": 1}
-    whole = launch.train(make_config(name, numerics="exact", **how))
+    whole = trained_here(make_config(name, numerics="exact", **how))
     assert f"network.conv1.weight {kept}" in tensors(whole)
     run_dir = stopped_at_once(make_config(f"{name}-stopped", numerics="exact", **how))
     launch.train(make_config(f"{name}-stopped", numerics="exact", **(how | {"devices": 2})))
     assert tensors(run_dir) == tensors(whole)
-    without = launch.train(make_config(f"no-{name}", numerics="exact", **(how | control)))
+    without = trained_here(make_config(f"no-{name}", numerics="exact", **(how | control)))
     assert tensors(without)["network.conv1.weight"] != tensors(whole)["network.conv1.weight"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import papermill
 import pytest
-from conftest import SMALL, supervise_here, wait_for
+from conftest import SMALL, losses, supervise_here, wait_for
 
 from resnet_nb import cli
 from resnet_nb.files import DiskFull, no_room, read_json
@@ -51,10 +51,6 @@ def fill(folder: Path, leave: int = 0) -> Path:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_blocks * 512 + free - leave)
                 return taken
     pytest.fail(f"{folder} can't be filled")
-
-
-def losses(run_dir):
-    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
 
 
 def command(*words, data, **how):

@@ -14,7 +14,7 @@ import resnet_nb
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "resnet_nb").rglob("[!_]*.py"))
-PAGES = sorted(set(re.findall(r'notebook\("(\w+\.ipynb)"\)', (ROOT / "resnet_nb" / "cli.py").read_text(encoding="utf-8"))))
+PAGES = sorted(set(re.findall(r'"(\w+\.ipynb)"', (ROOT / "resnet_nb" / "cli.py").read_text(encoding="utf-8"))))
 LOOK = f"""
 import importlib, json
 from resnet_nb.cli import notebook
@@ -67,7 +67,7 @@ def test_every_module_is_in_the_wheel(installed, found):
 
 def test_the_notebooks_that_commands_execute_are_in_the_wheel(installed, found):
     inside = installed[0] / "resnet_nb" / "nbs"
-    assert {"train.ipynb", "check.ipynb"} <= set(PAGES)
+    assert {"train.ipynb", "check.ipynb", "evaluate.ipynb", "explore.ipynb", "lr_find.ipynb"} <= set(PAGES)
     assert found[1] == {name: str(inside / name) for name in PAGES} | {"index.ipynb": ""}
     assert all((inside / name).read_bytes() == (ROOT / "nbs" / name).read_bytes() for name in PAGES)
     assert not (ROOT / "resnet_nb" / "nbs").exists()  # an editable install takes those of the checkout

@@ -5,11 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, run_here
+from conftest import SMALL, run_here, wait_for
 
 from resnet_nb.results.lr_find import range_test, suggest
 from resnet_nb.run.folder import read_rows
@@ -53,17 +52,34 @@ def test_no_run_is_made_and_nothing_of_one_is_touched(one, data, home):
     assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")} == before
 
 
-def test_ctrl_c_tells_what_was_found_so_far(data):
+# the command, which makes a file once a step is done
+TELLS = """
+import sys
+from pathlib import Path
+from resnet_nb.cli import main
+from resnet_nb.results.lr_find import RisingRate
+usual, done = RisingRate.on_train_batch_end, Path(sys.argv.pop(1))
+def on_train_batch_end(self, *words):
+    usual(self, *words)
+    if self.losses:
+        done.touch()
+RisingRate.on_train_batch_end = on_train_batch_end
+main()
+"""
+
+
+def test_ctrl_c_tells_what_was_found_so_far(data, tmp_path):
     test = subprocess.Popen(
-        [*TEST, "-p", "data_dir", data, *ON_CPU, "--steps", "100000", "--highest", "1e-4"],
+        [sys.executable, "-c", TELLS, tmp_path / "done", *TEST[1:], "-p", "data_dir", data, *ON_CPU, "--steps", "100000", "--highest", "1e-4"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    time.sleep(30)
-    deadline = time.monotonic() + 120
-    os.killpg(test.pid, signal.SIGINT)  # as a terminal does
-    while test.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    test.kill()
+    try:
+        wait_for(lambda: (tmp_path / "done").exists() or test.poll() is not None, 200)
+        if test.poll() is None:
+            os.killpg(test.pid, signal.SIGINT)  # as a terminal does
+        wait_for(lambda: test.poll() is not None, 120)
+    finally:
+        test.kill()
     said, errors = test.communicate()
     assert "it was interrupted" in said and "steps at 16 px" in said, errors
     assert "Traceback" not in errors

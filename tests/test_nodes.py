@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import STEPS, wait_for
+from conftest import STEPS, trained_here, wait_for
 
 from resnet_nb.files import read_json
 from resnet_nb.run import launch
@@ -147,7 +147,7 @@ def config(make_config):
 @pytest.fixture(scope="module")
 def alone(config):
     """The run on one process of one machine."""
-    return launch.train(config("alone", hw="local"))
+    return trained_here(config("alone", hw="local"))
 
 
 def tensors(run_dir: Path) -> dict[str, dict]:
@@ -203,7 +203,7 @@ def test_two_hosts_make_the_bits_of_one_through_a_cut_and_a_stop(network, config
 
 
 def test_another_seed_has_other_bits(config, alone):
-    other = launch.train(config("other-seed", hw="local", seed=1))
+    other = trained_here(config("other-seed", hw="local", seed=1))
     seeds = [tensors(run_dir)[f"step-{STEPS * RECIPE['epochs']:08d}"] for run_dir in (alone, other)]
     assert {name for name in seeds[0] if seeds[0][name] == seeds[1][name]} == {name for name in seeds[0] if "num_batches" in name}
     assert not any(row in rows(alone) for row in rows(other))

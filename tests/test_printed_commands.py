@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
+from resnet_nb import cli
 from resnet_nb.config import RECIPES, as_yaml
 from resnet_nb.run.folder import read_status, run_path
+from resnet_nb.run.plan import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *(ROOT / "nbs").glob("[a-z]*.ipynb"), *(ROOT / "nbs" / "proofs").glob("*.ipynb")]
@@ -24,11 +27,9 @@ FEW_CUDA = "this machine has 0"
 # command: what is added, so that it takes seconds and writes where a test may write; what it must say
 RUN = {
     "resnet-nb train": (TRAINS, "done: "),
-    "resnet-nb train -p hw local": (TRAINS, "done: "),
     "resnet-nb train -p hw local -p recipe imagenette -p data_dir ~/imagenette": (OWN, "done: "),
     "resnet-nb train -p hw cpu2": (TRAINS, "done: "),
     "resnet-nb train -p recipe photos -p data_dir ~/pets": (OWN, "done: "),
-    "resnet-nb train -p recipe pets.yaml -p data_dir ~/pets": (OWN, "done: "),
     "resnet-nb recipes show finetune > pets.yaml": ("; cat pets.yaml", "base: finetune"),
     "resnet-nb train -h": ("", "Hardware fields, for overrides"),
     "resnet-nb recipes": ("", "not measured"),
@@ -86,6 +87,14 @@ RUN = {
         "done: ",
     ),
 }
+# command that is not typed: the one above that asks for the same run, and one that asks for another
+SAME = {
+    "resnet-nb train -p hw local": ("resnet-nb train", "resnet-nb train -p hw cpu2"),
+    "resnet-nb train -p recipe pets.yaml -p data_dir ~/pets": (
+        "resnet-nb train -p recipe photos -p data_dir ~/pets",
+        "resnet-nb train -p recipe finetune -p data_dir ~/pets",
+    ),
+}
 NOT_RUN = {
     "resnet-nb train -p hw g5 -p nodes 2 -p rdzv HOST:PORT": "takes two machines; tests/test_nodes.py gives it on two hosts",
     "resnet-nb train -p recipe imagenet -p hw g5 -p data_dir /data/imagenet -r name r50 -p nodes 2 -p rdzv 10.0.0.5:29400": "the same",
@@ -99,11 +108,17 @@ NOT_RUN = {
 }
 
 
+# kinds whose first one is typed elsewhere in tests/test_commands.py
+ELSEWHERE = {"papermill", "resnet-nb train"}
+
+
 def places_of(command: str) -> list[str]:
     "Where a command is typed: make in the root; the first one of its kind in both places, as what it finds depends on the place; others elsewhere, the longer way."
     kind = re.match(r"papermill|resnet-nb \S+", re.sub(r"^[A-Z_]+=\S+ ", "", command))
     first = kind and next(other for other in RUN if kind[0] in other)
-    return ["root"] if not kind else ["root", "elsewhere"] if command == first else ["elsewhere"]
+    if not kind or command == first and kind[0] in ELSEWHERE:
+        return ["root"]
+    return ["root", "elsewhere"] if command == first else ["elsewhere"]
 
 
 # plain papermill gives its kernel ports that are free just then, and a kernel that begins beside it may be given the same
@@ -127,7 +142,7 @@ def markdown(path: Path) -> str:
 
 
 def test_every_printed_command_is_in_the_table():
-    known = RUN.keys() | NOT_RUN.keys()
+    known = RUN.keys() | SAME.keys() | NOT_RUN.keys()
     assert {path.name: printed(markdown(path)) - known for path in PAGES if printed(markdown(path)) - known} == {}
     assert known <= set().union(*(printed(markdown(path)) for path in PAGES))  # none that nobody prints any more
     assert printed("see `make tea`, and\n\n    papermill a.ipynb b.ipynb  # slow\n") == {"make tea", "papermill a.ipynb b.ipynb"}
@@ -149,7 +164,6 @@ def test_printed_commands_work(command, place, places, data, tmp_path):
     more, says = RUN[command]
     words = re.sub(r"\b(NAME|A|B|DIR|PICTURES)\b", lambda name: names[name[0]], command).replace("PACKED", f"'{tmp_path / 'packed'}'")
     words = words.replace("/folder/of/imagenette", "").replace("runs/", f"{tmp_path}/")
-    (tmp_path / "pets.yaml").write_text(as_yaml(RECIPES["photos"], base="photos"))
     if place == "elsewhere":
         words = words.replace("nbs/", f"{ROOT}/nbs/")
     new = re.sub(r"\W+", "-", f"{command} {place}")[:60].strip("-")
@@ -165,3 +179,19 @@ def test_printed_commands_work(command, place, places, data, tmp_path):
     assert "Traceback" not in said and "unknown parameter" not in done.stderr
     if " train " in command and says == "done: ":
         assert read_status(run_path(names["NAME"] if "NAME" in command else new))["status"] == "completed"
+
+
+@pytest.mark.parametrize("command", SAME)
+def test_a_command_that_is_not_typed_asks_for_the_run_of_another(command, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pets.yaml").write_text(as_yaml(RECIPES["photos"], base="photos"))
+
+    def asked(command: str) -> dict:
+        words = [os.path.expanduser(word) for word in shlex.split(command)]
+        given = cli.main.commands["train"].make_context("train", [*words[2:], "-r", "name", "asked"]).params
+        config = resolve(cli.read_options(*(given[option] for option in "pryf")))
+        return config.model_dump(exclude={"recipe_name": True, "recipe_sha256": True, "parameters": {"recipe"}})
+
+    same, other = SAME[command]
+    assert asked(command) == asked(same) != asked(other)

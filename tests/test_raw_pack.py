@@ -4,6 +4,7 @@ import io
 
 import pytest
 from click.testing import CliRunner
+from conftest import trained_here
 from PIL import Image
 
 from resnet_nb.cli import main
@@ -11,7 +12,6 @@ from resnet_nb.config import RECIPES
 from resnet_nb.data.pack import pack
 from resnet_nb.data.splits import index_data
 from resnet_nb.data.transforms import ORIENTATION, load_eval, load_train
-from resnet_nb.run import launch
 from resnet_nb.run.folder import read_rows
 from resnet_nb.run.plan import validate
 
@@ -26,10 +26,10 @@ def bare(data, tmp_path_factory):
 
 
 def test_a_run_on_the_pixels_of_pictures_without_loss_learns_what_it_learns_from_the_files(one, bare, make_config, data, tmp_path):
-    run_dir = launch.train(make_config("on-pixels", "local", data_dir=bare))
+    run_dir = trained_here(make_config("on-pixels", "local", data_dir=bare))
     rows = [[(row["digest"], row["train/step_loss"]) for row in read_rows(run, "step")] for run in (one, run_dir)]
     assert rows[0] == rows[1]
-    smaller = launch.train(
+    smaller = trained_here(
         make_config("on-fewer-pixels", "local", data_dir=pack(data, tmp_path / "smaller", 8, raw=True), epochs=1, image_sizes=[8])
     )
     first = read_rows(smaller, "step")[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import SLOW
 from execnb.nbio import nb2str
 from nbdev.clean import clean_nb
 
@@ -53,6 +54,11 @@ def test_conda_and_pip_install_the_same_versions():
 def test_settings_keep_tags_and_clean_the_rest():
     names = "allowed_cell_metadata_keys allowed_metadata_keys clean_ids black_formatting tst_flags jupyter_hooks recursive"
     assert [SETTINGS[name] for name in names.split()] == ["tags", "papermill", "True", "False", "notest", "True", "True"]
+
+
+def test_slow_files_of_tests_go_by_names_that_are_there():
+    files = {Path(name).stem.removeprefix("test_") for name in TEXTS if re.match("tests/.*test_", name)}
+    assert {*SLOW} <= files and not {"gone", *SLOW} <= files
 
 
 ROOMS = [

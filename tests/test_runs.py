@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import NUM_VAL, SMALL, STEPS
+from conftest import NUM_VAL, SMALL, STEPS, trained_here
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from resnet_nb.config import Parameters
@@ -34,7 +34,7 @@ def test_accuracies_are_quotients_of_counts_to_the_last_bit(two):
 
 
 def test_two_ranks_learn_what_one_learns(one, two, make_config):
-    other_seed = launch.train(make_config("seed-1", "local", seed=1, epochs=1))
+    other_seed = trained_here(make_config("seed-1", "local", seed=1, epochs=1))
 
     def first_losses(run_dir):
         return values(run_dir, "step", "train/step_loss")[:3]

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from conftest import wait_for
 
 from resnet_nb.files import read_json
 
@@ -50,24 +52,38 @@ def test_one_two_and_three_processes_write_the_same_bytes(one):
     assert evaluated(one, "--split", "train", "--image-size", "40")[0] != alone[0]  # the control: other pixels
 
 
-@pytest.fixture
-def under_way(one):
-    "An evaluation of two processes, once both of them are at work; and what was kept before it."
+def hears(rank: int) -> bool:
+    "Whether a process has begun its share: until then, while it imports torch, it is deaf to Ctrl-C."
+    blocked = subprocess.check_output(["ps", "-o", "blocked=", "-p", str(rank)], text=True)
+    return not int(blocked.strip().lstrip("<"), 16) >> (signal.SIGINT - 1) & 1
+
+
+@pytest.fixture(scope="module")
+def kept(one):
+    "What is kept of an evaluation."
     evaluated(one)
-    before = {path: path.read_bytes() for path in (one / "evaluation.json", one / "predictions.parquet")}
+    return one / "evaluation.json", one / "predictions.parquet"
+
+
+@pytest.fixture
+def under_way(one, kept):
+    "An evaluation of two processes, once both of them are at work; and what was kept before it."
+    before = {path: path.read_bytes() for path in kept}
     parent = subprocess.Popen(
         [*EVALUATE, one, "--devices", "2", "--image-size", "1024", "--split", "train"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    ranks = []
-    while len(ranks) < 2 and parent.poll() is None:
-        time.sleep(0.2)
+    try:
+        wait_for(lambda: len(ranks_of(parent.pid)) == 2 or parent.poll() is not None, 200)
         ranks = ranks_of(parent.pid)
-    time.sleep(20)  # until they are at work
-    assert alive(ranks) == {*ranks}
-    yield parent, ranks
-    if parent.poll() is None:
-        os.killpg(parent.pid, signal.SIGKILL)
+        wait_for(lambda: all(map(hears, ranks)), 200)
+        begun = {rank: psutil.Process(rank).cpu_times().user for rank in ranks}
+        wait_for(lambda: all(psutil.Process(rank).cpu_times().user > begun[rank] + 1 for rank in ranks), 200)
+        assert len(ranks) == 2 and alive(ranks) == {*ranks}
+        yield parent, ranks
+    finally:
+        if parent.poll() is None:
+            os.killpg(parent.pid, signal.SIGKILL)
     assert {path: path.read_bytes() for path in before} == before  # nothing half-written, nothing new
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, STEPS, supervise_here, supervised, wait_for
+from conftest import SMALL, STEPS, supervise_here, supervised, tensors, trained_here, wait_for
 
 from resnet_nb.config import Hardware, Parameters
 from resnet_nb.files import read_json
@@ -22,11 +22,6 @@ from resnet_nb.run.folder import RunBusy, append_rows, create_run, lock_run, rea
 from resnet_nb.run.hardware import NO_DEVICES
 
 PLANNED = "2026-05-04T12:02:00Z"
-
-
-def tensors(run_dir):
-    """sha256 of every weight, statistic and momentum at the end, by name."""
-    return read_json(checkpoints(run_dir)[0] / "MANIFEST.json")["tensors"]
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -77,7 +72,7 @@ def small_config(make_config):
 
 @pytest.fixture(scope="module")
 def undisturbed(make_config):
-    return launch.train(make_config("undisturbed", "cpu2", numerics="exact", devices=1, image_sizes=[16]))
+    return trained_here(make_config("undisturbed", "cpu2", numerics="exact", devices=1, image_sizes=[16]))
 
 
 def pulled(config, monkeypatch) -> Path:

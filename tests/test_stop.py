@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-from conftest import STEPS, epochs_begun, processes_of, ranks_of, supervise_here, wait_for
+from conftest import STEPS, epochs_begun, losses, processes_of, ranks_of, supervise_here, trained_here, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -17,10 +17,7 @@ from resnet_nb.files import read_json, write_json
 from resnet_nb.run import launch
 from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import all_rows, lock_run, read_rows, read_status, run_path
-
-
-def losses(run_dir):
-    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
+from resnet_nb.run.worker import make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +33,15 @@ def stopped(make_config, one):
     return run_dir
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(stopped, one, make_config):
-    other = launch.train(make_config("other-seed", "local", seed=1))
+@pytest.fixture(scope="module")
+def other_seed(make_config):
+    """The control: a run that learns something else."""
+    return trained_here(make_config("other-seed", "local", seed=1))
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(stopped, one, other_seed):
     assert losses(stopped) == losses(one)
-    assert losses(other) != losses(one)
+    assert losses(other_seed) != losses(one)
 
 
 def test_a_resume_keeps_old_rows_and_says_so(stopped):
@@ -99,26 +101,35 @@ def test_a_resumed_run_has_one_graph_and_no_step_twice_in_tensorboard(stopped):
 
 SHUFFLED = """
 import sys
+from pathlib import Path
 import lightning as L
 from resnet_nb.run import worker
 whole = L.Trainer
-L.Trainer = lambda **kw: whole(**kw | {"callbacks": kw["callbacks"][::-1]})
+def shuffled(**kw):
+    trainer = whole(**kw | {"callbacks": kw["callbacks"][::-1]})
+    Path(sys.argv[2]).write_text(" ".join(type(callback).__name__ for callback in trainer.callbacks))
+    return trainer
+L.Trainer = shuffled
 sys.exit(worker.main(sys.argv[1]))
 """
 
 
-def test_the_order_of_callbacks_changes_no_file(make_config, tmp_path, one):
+def test_the_order_of_callbacks_changes_no_file(make_config, tmp_path, one, other_seed):
     def without_times(run_dir):
         rows = all_rows(run_dir)
         kept = [{k: v for k, v in row.items() if "second" not in k and k not in ("data_wait", "peak_memory")} for row in rows]
         return kept, [line for line in (run_dir / "train.log").read_text().splitlines() if "🏁" not in line]
 
-    run_dir = launch.create_run(make_config("shuffled", "local"))
+    config = make_config("shuffled", "local")
+    run_dir = launch.create_run(config)
     (tmp_path / "shuffled.py").write_text(SHUFFLED)
-    subprocess.run([sys.executable, str(tmp_path / "shuffled.py"), str(run_dir)], check=True)
+    subprocess.run([sys.executable, str(tmp_path / "shuffled.py"), str(run_dir), str(tmp_path / "order")], check=True)
+    usual = [type(callback).__name__ for callback in make_trainer(config, tmp_path, attempt=1, first_step=0).callbacks]
+    order = (tmp_path / "order").read_text().split()
+    assert order != usual and sorted(order) == sorted(usual)
     assert without_times(run_dir) == without_times(one)
     assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {p.name for p in (one / "checkpoints").iterdir()}
-    assert without_times(run_dir)[0] != without_times(one)[0][::-1]
+    assert without_times(run_dir)[0] != without_times(other_seed)[0]
 
 
 def kill_a_rank(run_dir):

@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
@@ -16,16 +15,14 @@ from click.testing import CliRunner
 from conftest import STEPS
 
 from resnet_nb import cli
-from resnet_nb.config import RECIPES
 from resnet_nb.data.formats import known_titles
 from resnet_nb.data.splits import index_data
 from resnet_nb.files import read_json, write_json
-from resnet_nb.results.plots import plot_pictures, plot_plan
+from resnet_nb.results.plots import plot_pictures
 from resnet_nb.results.processes import in_processes
 from resnet_nb.run.checkpoints import STATE, find_checkpoint
 from resnet_nb.run.folder import create_run, damaged_lines, is_locked, lock_run, read_rows, read_status, run_path, write_status
 from resnet_nb.run.worker import run_rank
-from resnet_nb.schedule import size_plan
 
 STRAY = {
     "PL_TRAINER_LIMIT_TRAIN_BATCHES": "2", "PL_TRAINER_GRADIENT_CLIP_VAL": "0.001", "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2",
@@ -206,17 +203,6 @@ def test_looking_at_a_run_of_another_user_writes_nothing(one):
     assert look() == (False, "completed")
     with lock_run(one):
         assert look() == (True, "completed")  # the control
-
-
-def test_a_plan_of_a_million_epochs_is_drawn_in_little_memory():
-    recipe = RECIPES["digits"].model_copy(update={"epochs": 1_000_000})
-    tracemalloc.start()
-    figure = plot_plan(recipe, 1000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 100e6
-    assert [size for _, size in size_plan(recipe)] == [16, 24, 32]
-    assert len(figure.axes[0].lines[0].get_xdata()) <= 3000
 
 
 def test_names_of_classes_are_drawn_as_they_are_written(data, make_config, tmp_path):

@@ -7,16 +7,12 @@ import sys
 
 import psutil
 import pytest
-from conftest import epochs_begun, processes_of, ranks_of, wait_for
+from conftest import epochs_begun, losses, processes_of, ranks_of, wait_for
 
 from resnet_nb.run import launch
-from resnet_nb.run.folder import all_rows, create_run, hold_as_rank, lock_run, read_rows, read_status, wake_supervisor, write_status
+from resnet_nb.run.folder import all_rows, create_run, hold_as_rank, lock_run, read_status, wake_supervisor, write_status
 
 PATIENCE = 0.4  # minutes; ranks start within three times that, on a slow machine, too
-
-
-def losses(run_dir):
-    return [(row["step"], row["train/step_loss"]) for row in read_rows(run_dir, "step")]
 
 
 def data_worker_of(rank: int) -> int:

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import psutil
-from conftest import SMALL, STEPS
+from conftest import SMALL, STEPS, tensors
 
-from resnet_nb.files import read_json
 from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import all_rows, code_facts, is_locked, read_status
 
@@ -25,11 +24,6 @@ ROLES = {  # words in the command line of a process
     "torchrun": "torch.distributed.run",
     "rank": "resnet_nb.run.worker",
 }
-
-
-def tensors(run_dir: Path) -> dict:
-    """sha256 of every weight, statistic and momentum at the end, by name."""
-    return read_json(checkpoints(run_dir)[0] / "MANIFEST.json")["tensors"]
 
 
 def is_rank(process: psutil.Process) -> bool:

@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from case import Case, tensors, undisturbed
+from case import Case, undisturbed
+from conftest import tensors
 
 from resnet_nb.files import read_json, write_json
 from resnet_nb.run.checkpoints import STATE, checkpoints

@@ -9,13 +9,12 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import run_here
+from conftest import run_here, tensors
 
 from resnet_nb.data.datamodule import ImageNetDataModule, KeyedImages, KeyedLoader
 from resnet_nb.files import read_json
 from resnet_nb.learn.module import EpochSums, ResNetModule
 from resnet_nb.learn.numerics import GradientSum
-from resnet_nb.run.checkpoints import checkpoints
 from resnet_nb.run.folder import create_run, load_config, make_run_dir, read_rows, run_path
 from resnet_nb.run.worker import make_trainer
 
@@ -26,11 +25,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA
 
 SHORT = {"epochs": 2, "image_sizes": [16, 24], "precision": "32-true", "channels_last": False}
 EXACT = {"numerics": "exact", "mixup_alpha": 0.2, "ema_decay": 0.9}
-
-
-def tensors(run_dir):
-    """sha256 of every weight, statistic and momentum at the end, by name."""
-    return read_json(checkpoints(run_dir)[0] / "MANIFEST.json")["tensors"]
 
 
 def steps(run_dir, name):
