@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import STEPS
+from conftest import STEPS, tensors, trained_here
 
 from resnet_nb import cli
 from resnet_nb.config import MEAN, STD
@@ -30,7 +30,7 @@ def first_loss(run_dir):
 @pytest.fixture(scope="module")
 def donor(make_config):
     """Folder of a finished run with averaged weights, whose best checkpoint others start from."""
-    return launch.train(make_config("donor", "local", epochs=2, image_sizes=[16], ema_decay=0.5))
+    return trained_here(make_config("donor", "local", epochs=2, image_sizes=[16], ema_decay=0.5))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_run_starts_from_the_best_checkpoint_of_another_and_says_so(donor, hei
     for log in ("train.log", "logs/attempt-1-rank-0.log"):
         assert (heir / log).read_text().count(f"🏁 Starts from state.ckpt (sha256 {facts['sha256'][:12]}): 122 of 122 tensors\n") == 1
     assert "🏁" not in (heir / "logs/attempt-1-rank-1.log").read_text()
-    fresh = launch.train(make_config("fresh", "local", **HEIR))
+    fresh = trained_here(make_config("fresh", "local", **HEIR))
     assert first_loss(heir) < 0.9 * first_loss(fresh), "it starts no better than from nothing"
     assert "weights" not in read_json(fresh / "manifest.json")
 
@@ -91,7 +91,7 @@ def test_of_the_head_of_other_classes_nothing_is_taken(donor, make_config):
 
 def test_pictures_are_normalized_as_they_were_for_the_weights_that_a_run_starts_from(donor, make_config, tmp_path):
     half = [[0.5] * 3, [0.25] * 3]
-    state = best_checkpoint(launch.train(make_config("half", "local", normalization=half, **HEIR))) / STATE
+    state = best_checkpoint(trained_here(make_config("half", "local", normalization=half, **HEIR))) / STATE
     shutil.copy(state, tmp_path / "copy.ckpt")
     for weights in ("half", str(state), str(tmp_path / "copy.ckpt")):  # each says itself what it was shown
         with pytest.raises(ValueError, match=re.escape(f"add normalization: {half} in the recipe or the overrides")):
@@ -121,21 +121,14 @@ FROZEN = {
 }
 
 
-def tensors(run_dir, step=None):
-    """sha256 of every weight, statistic and momentum, at the end or after a step."""
-    path = checkpoint_path(run_dir, step) if step else checkpoints(run_dir)[0]
-    return read_json(path / "MANIFEST.json")["tensors"]
-
-
 @pytest.fixture(scope="module")
 def frozen(make_config, donor):
     """One process, exact, its first epoch frozen, never interrupted."""
-    return launch.train(make_config("frozen", devices=1, **FROZEN))
+    return trained_here(make_config("frozen", devices=1, **FROZEN))
 
 
 def test_frozen_weights_stay_in_frozen_epochs_and_move_afterwards(donor, make_config, frozen):
-    run_dir = launch.start(make_config("watched", devices=1, **FROZEN | {"epochs": 2}))
-    launch.follow(run_dir)
+    run_dir = trained_here(make_config("watched", devices=1, **FROZEN | {"epochs": 2}))
     loaded = torch.load(best_checkpoint(donor) / STATE, weights_only=True)["state_dict"]
 
     def moved(step):
@@ -160,7 +153,7 @@ def test_frozen_epochs_have_the_same_bits_on_any_number_of_processes(make_config
 
 
 def test_without_freezing_the_bits_are_others(make_config, frozen):
-    other = launch.train(make_config("not-frozen", devices=1, **FROZEN | {"freeze_epochs": 0}))
+    other = trained_here(make_config("not-frozen", devices=1, **FROZEN | {"freeze_epochs": 0}))
     assert tensors(other)["network.conv1.weight"] != tensors(frozen)["network.conv1.weight"]
 
 
@@ -195,7 +188,7 @@ def test_clipping_shares_and_class_weights_have_the_same_bits_on_two_processes(m
     wish = {"epochs": 1, "image_sizes": [16], "numerics": "exact", "clip_norm": 0.5, "backbone_lr_share": 0.1, "class_weights": "balanced"}
 
     def bits(name, devices, **more):
-        run_dir = launch.train(make_config(name, devices=devices, **wish | more))
+        run_dir = (trained_here if devices == 1 else launch.train)(make_config(name, devices=devices, **wish | more))
         rates = [row["train/learning_rate"] for row in read_rows(run_dir, "step")]  # the head's
         assert rates == pytest.approx([lr_at(load_config(run_dir).recipe, step, STEPS) for step in range(STEPS)])
         return tensors(run_dir)

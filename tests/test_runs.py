@@ -34,7 +34,7 @@ def test_accuracies_are_quotients_of_counts_to_the_last_bit(two):
 
 
 def test_two_ranks_learn_what_one_learns(one, two, make_config):
-    other_seed = trained_here(make_config("seed-1", "local", seed=1, epochs=1))
+    other_seed = trained_here(make_config("seed-1", "local", seed=1))
 
     def first_losses(run_dir):
         return values(run_dir, "step", "train/step_loss")[:3]
