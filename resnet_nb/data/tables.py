@@ -97,6 +97,7 @@ class PictureNames:
                 for end in {path, os.path.splitext(path)[0]}:
                     ends.setdefault(end, []).append(name)
         self.known = ends | stems | paths  # a whole path goes before the end of another
+        self.meant: dict[str, tuple[bytes, ...]] = {}  # what `find` has said: a table of pixels asks millions of times for a few numbers
 
     @functools.cached_property
     def _folded(self) -> dict[str, list[bytes]]:
@@ -105,8 +106,13 @@ class PictureNames:
             found.setdefault(_fold(name), []).extend(pictures)
         return {name: list(dict.fromkeys(pictures)) for name, pictures in found.items()}
 
-    def find(self, value: str) -> list[bytes]:
+    def find(self, value: str) -> tuple[bytes, ...]:
         "The pictures that a table may mean by `value`; a path may be that of Windows, begin with the folder's own, or differ in case or accents' form."
+        if value not in self.meant:
+            self.meant[value] = tuple(self._find(value))
+        return self.meant[value]
+
+    def _find(self, value: str) -> list[bytes]:
         plain = value.replace("\\", "/").removeprefix("./")
         ways = value, plain, f"/{plain}".rpartition(f"/{self.folder}/")[2]
         exact = next((self.known[way] for way in ways if way in self.known), None)
@@ -129,7 +135,7 @@ def _usual(columns: Iterable[str], words: tuple[str, ...]) -> list[str]:
 
 def file_column(where: str, columns: dict[str, list[str]], names: PictureNames) -> str:
     "The column that names the pictures; '' where none does. ValueError where several may."
-    found = {column: [tuple(names.find(value)) for value in values] for column, values in columns.items()}
+    found = {column: [names.find(value) for value in values] for column, values in columns.items()}
     endings = tuple(map(os.fsdecode, ENDINGS + UNREAD))
     most = lambda marks: sum(map(bool, marks)) > len(marks) / 2
     paths = [column for column in columns if most([value.lower().endswith(endings) and "://" not in value for value in columns[column]])]
@@ -214,7 +220,7 @@ class Table(NamedTuple):
 
 def _pictures(where: str, values: list[str], splits: list[str], names: PictureNames) -> list[bytes]:
     "The picture that each row names, by its value and its split; ValueError where one is not there, or may be another."
-    places = list(map(names.find, values))
+    places = [names.find(value) for value in values]
     if missing := [value for value, found in zip(values, places) if not found]:
         away = "" if len(missing) < len(values) / 2 else ", or move the table away if folders are the classes"
         raise ValueError(
@@ -223,7 +229,7 @@ def _pictures(where: str, values: list[str], splits: list[str], names: PictureNa
         )
     for row, (value, found, split) in enumerate(zip(values, places, splits)):
         if len(found) > 1:  # train/1.jpg and test/1.jpg
-            found = [place for place in found if role_within(os.fsdecode(os.path.dirname(place))) == split] or found
+            found = tuple(place for place in found if role_within(os.fsdecode(os.path.dirname(place))) == split) or found
         if len(found) > 1:
             a, b = map(os.fsdecode, found[:2])
             raise ValueError(f"{where}: {value!r} may be {a!r} or {b!r}; give names with their folders")
