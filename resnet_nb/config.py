@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'MANY', 'Called', 'NOUNS', 'Model', 'SIZES', 'Size', 'Share', 'Positive', 'Deviation', 'Means',
            'Deviations', 'Decay', 'NotNegative', 'Ratio', 'Alpha', 'Count', 'Whole', 'MEAN', 'STD', 'MUON', 'VARIANT',
-           'SHORT', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'MOST', 'HALVES', 'nearest',
-           'one_sentence', 'Strict', 'as_table', 'Shelf', 'what', 'Network', 'Learning', 'Pictures', 'Augmentation',
-           'Recipe', 'Devices', 'Hardware', 'recipe_lines', 'hardware_lines', 'split_rdzv', 'Parameters',
-           'parameter_hint', 'RunConfig', 'given_path', 'parse_yaml', 'as_yaml', 'read_recipe', 'project_root']
+           'SHORT', 'RECIPES', 'HARDWARE', 'ABOUT', 'Numerics', 'NAME', 'MEMBER', 'OVERRIDABLE', 'MOST', 'HALVES',
+           'nearest', 'one_sentence', 'Strict', 'as_table', 'Shelf', 'what', 'Network', 'Learning', 'Pictures',
+           'Augmentation', 'Recipe', 'Devices', 'Hardware', 'recipe_lines', 'hardware_lines', 'split_rdzv',
+           'Parameters', 'parameter_hint', 'RunConfig', 'given_path', 'parse_yaml', 'as_yaml', 'read_recipe',
+           'project_root']
 
 # %% ../nbs/00_config.ipynb #imports
 import difflib
@@ -482,7 +483,7 @@ class Hardware(Devices):
     )
     mirror: str = what("folder where a run is copied to and found again by a fresh machine: s3://bucket/runs, any URL of fsspec", "")
     join_minutes: float = what("that one of several machines waits for the others, at the start and after one of them was lost", 30.0, gt=0)
-    default_recipe: str = what("what this profile trains when nothing is named", "digits")
+    default_recipe: str = what("what this profile trains when no recipe is named; the parameter recipe says another", "digits")
 
 # %% ../nbs/00_config.ipynb #HARDWARE
 HARDWARE = {
@@ -587,14 +588,17 @@ class Parameters(Strict):
         return self
 
 # %% ../nbs/00_config.ipynb #parameter_hint
+# fields that `overrides` changes; of these two the parameters `nodes` and `recipe` say another value
+OVERRIDABLE = {k: v for k, v in (Recipe.model_fields | Hardware.model_fields).items() if k not in ("nodes", "default_recipe")}
+
+
 def parameter_hint(name: str) -> str:
     "A hint for somebody who gave `name` as a parameter: it is a field, or one by another name, or near to a parameter, or to a field."
-    fields = Recipe.model_fields | Hardware.model_fields
     word = OTHER_WORDS.get(name, name)
     near = nearest(name, Parameters.model_fields)
-    if word not in fields and near.startswith("known: "):
-        word = next(iter(difflib.get_close_matches(name, fields, n=1, cutoff=0.75)), word)
-    return f"{word} ({fields[word].description}), in overrides: {{{word}: …}}" if word in fields else near
+    if word not in OVERRIDABLE and near.startswith("known: "):
+        word = next(iter(difflib.get_close_matches(name, OVERRIDABLE, n=1, cutoff=0.75)), word)
+    return f"{word} ({OVERRIDABLE[word].description}), in overrides: {{{word}: …}}" if word in OVERRIDABLE else near
 
 # %% ../nbs/00_config.ipynb #shared_unevenly
 MOST = 10_000  # machines, or devices of a machine, that are looked at: nobody has more

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WNID', 'IMAGENETTE', 'JUNK', 'TRAIN_TAR', 'VAL_TAR', 'DEVKIT', 'SHARD', 'PACK_VERSION', 'Found', 'by_class',
-           'is_imagenet', 'known_titles', 'count_unread', 'folders_in', 'junk_in', 'has_pictures', 'holds_pictures',
-           'what_lies', 'index_folder', 'find_splits', 'class_root', 'taken_for_split', 'read_labels', 'index_tiny',
-           'find_folders', 'find_tables', 'find_table', 'find_kaggle', 'read_devkit', 'find_tars', 'find_shards',
-           'find_parquet', 'list_pack', 'read_pack', 'about_pack', 'find_pack', 'damaged_parts', 'refuse_saved',
-           'form_of', 'find_pictures']
+           'is_imagenet', 'known_titles', 'unreadable', 'count_unread', 'folders_in', 'junk_in', 'has_pictures',
+           'holds_pictures', 'what_lies', 'index_folder', 'find_splits', 'class_root', 'taken_for_split', 'read_labels',
+           'index_tiny', 'find_folders', 'find_tables', 'find_table', 'find_kaggle', 'read_devkit', 'find_tars',
+           'find_shards', 'find_parquet', 'list_pack', 'read_pack', 'about_pack', 'find_pack', 'damaged_parts',
+           'refuse_saved', 'form_of', 'find_pictures']
 
 # %% ../../nbs/data/01_formats.ipynb #imports
 import csv
@@ -77,6 +77,13 @@ def known_titles(data_dir: Path, keys: list[str]) -> dict[str, str]:
             return dict(zip(sorted(keys), json.loads(answer.stdout.splitlines()[-1])))
     return IMAGENETTE
 
+# %% ../../nbs/data/01_formats.ipynb #unreadable
+def unreadable(path: str | bytes, error: OSError) -> ValueError:
+    "The error about a file or folder of the data that the system doesn't let read."
+    return ValueError(
+        f"{os.fsdecode(path)!r} can't be read: {error.strerror}; make it readable (chmod -R u+rX), or move it out of the data"
+    )
+
 # %% ../../nbs/data/01_formats.ipynb #list_class
 def _list_class(folder: str) -> tuple[list[bytes], list[int], list[str], list[bytes]]:
     """Names below `folder` and sizes in bytes of its pictures, all folders that were listed, and names of pictures that are not read.
@@ -88,9 +95,7 @@ def _list_class(folder: str) -> tuple[list[bytes], list[int], list[str], list[by
         try:
             listing = os.scandir(at := os.path.join(os.fsencode(folder), prefix))
         except OSError as error:
-            raise ValueError(
-                f"folder {os.fsdecode(at).rstrip('/')!r} can't be read: {error.strerror}; make it readable (chmod -R u+rX), or move it out of the data"
-            ) from None
+            raise unreadable(at.rstrip(b"/"), error) from None
         with listing as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):

@@ -22,7 +22,17 @@ from pathlib import Path
 import numpy as np
 
 from ..config import given_path, project_root
-from .formats import Found, about_pack, class_root, find_pictures, find_splits, folders_in, index_folder, what_lies
+from resnet_nb.data.formats import (
+    Found,
+    about_pack,
+    class_root,
+    find_pictures,
+    find_splits,
+    folders_in,
+    index_folder,
+    unreadable,
+    what_lies,
+)
 from .index import Index, arrays_sha256, cache_dir, fingerprint, in_parallel, keep_index, kept_index
 from ..files import DamagedFile, read_json
 from ..seed import DIGITS, permutation, seed_key
@@ -119,10 +129,7 @@ def list_data(data_dir: str | Path) -> Found:
     try:
         found = find_pictures(data_dir)
     except PermissionError as error:
-        path = os.fsdecode(error.filename or data_dir)
-        raise ValueError(
-            f"{path!r} can't be read: {error.strerror}; make it readable (chmod -R u+rX), or move it out of the data"
-        ) from None
+        raise unreadable(error.filename or str(data_dir), error) from None
     if found.train.classes == found.val.classes and not spelling_problem(found.train, found.val):
         keep_index(data_dir, {"train": found.train, "val": found.val}, found.watched, now)
     return found

@@ -339,7 +339,7 @@ def write_summary(run_dir: Path, more: dict) -> None:
 
 def best_epoch(run_dir: Path) -> dict:
     "The `val` row with the highest accuracy, the first of equals, and one whose loss is a number before any other; {} before any."
-    return max(read_rows(run_dir, "val"), key=lambda row: (row.get("val/loss") is not None, row["val/acc"]), default={})
+    return max(read_rows(run_dir, "val"), key=lambda row: (row["val/loss"] is not None, row["val/acc"]), default={})
 
 # %% ../../nbs/run/00_folder.ipynb #status
 def final_note(run_dir: Path, attempt: int) -> str:

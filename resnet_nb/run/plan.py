@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from resnet_nb.config import (
-    HARDWARE, RECIPES, Hardware, Model, Parameters, Recipe, RunConfig, given_path, nearest, one_sentence, parameter_hint,
+    HARDWARE, OVERRIDABLE, RECIPES, Hardware, Model, Parameters, Recipe, RunConfig, given_path, nearest, one_sentence, parameter_hint,
     read_recipe, split_rdzv,
 )  # fmt: skip
 from ..data.index import Index
@@ -114,12 +114,11 @@ def resolve(parameters: Parameters, now: datetime | None = None, old: RunConfig 
             "for these data sets, with -p recipe NAME"
         )
     recipe_name, recipe, recipe_sha256 = (old.recipe_name, old.recipe, old.recipe_sha256) if old else read_recipe(recipe_name)
-    fields = (Recipe.model_fields.keys() | Hardware.model_fields.keys()) - {"nodes", "default_recipe"}
-    if unknown := [field for field in p.overrides if field not in fields]:
+    if unknown := [field for field in p.overrides if field not in OVERRIDABLE]:
         name = "recipe" if unknown[0] == "default_recipe" else unknown[0]
         if name in Parameters.model_fields:
             raise ValueError(f"{unknown[0]!r} in overrides: {name} is a parameter of its own; use -p {name} {p.overrides[unknown[0]]}")
-        raise ValueError(f"unknown field {unknown[0]!r} in overrides; {nearest(unknown[0], fields)}")
+        raise ValueError(f"unknown field {unknown[0]!r} in overrides; {nearest(unknown[0], OVERRIDABLE)}")
 
     recipe = _overridden(Recipe, recipe, p.overrides)
     if given_path(recipe.weights).is_file() or "/" in recipe.weights:  # ranks may work in another folder
