@@ -109,6 +109,7 @@ class Server:
         kernel = self.ask("POST", "kernels", {"name": "python3"})["id"]
         client = BlockingKernelClient(connection_file=str(self.folder / "RUNTIME" / f"kernel-{kernel}.json"))
         client.load_connection_file()
+        client.hb_channel.time_to_dead = 60  # a kernel that imports on a busy machine says nothing for longer than the usual second
         client.start_channels()
         client.wait_for_ready(timeout=60)
         client.execute(CELL.format(name=name))
